@@ -107,32 +107,32 @@ def make_config(
     """Return the configuration of a tiny InternVL of that size, for tiles of image_size pixels."""
     from transformers import InternVLConfig
 
-    vision = dict(
-        hidden_size=size.vit_width,
-        num_hidden_layers=size.vit_layers,
-        num_attention_heads=4,
-        intermediate_size=4 * size.vit_width,
-        attention_bias=True,
-        image_size=image_size,
-        patch_size=14,
-        initializer_range=0.05,
-    )
-    text = dict(
-        model_type="qwen3",
-        vocab_size=len(tokenizer),
-        hidden_size=size.llm_width,
-        num_hidden_layers=size.llm_layers,
-        num_attention_heads=size.llm_heads,
-        num_key_value_heads=size.llm_kv_heads,
-        head_dim=32,
-        intermediate_size=size.llm_mlp,
-        max_position_embeddings=4096,
-        initializer_range=0.05,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(IM_END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
-    )
+    vision = {
+        "hidden_size": size.vit_width,
+        "num_hidden_layers": size.vit_layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 4 * size.vit_width,
+        "attention_bias": True,
+        "image_size": image_size,
+        "patch_size": 14,
+        "initializer_range": 0.05,
+    }
+    text = {
+        "model_type": "qwen3",
+        "vocab_size": len(tokenizer),
+        "hidden_size": size.llm_width,
+        "num_hidden_layers": size.llm_layers,
+        "num_attention_heads": size.llm_heads,
+        "num_key_value_heads": size.llm_kv_heads,
+        "head_dim": 32,
+        "intermediate_size": size.llm_mlp,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.05,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.convert_tokens_to_ids(IM_END),
+        "pad_token_id": tokenizer.convert_tokens_to_ids(END_OF_TEXT),
+    }
     return InternVLConfig(
         vision_config=vision,
         text_config=text,
@@ -148,9 +148,11 @@ def make_processor(image_size: int) -> InternVLProcessor:
     """Return an InternVLProcessor (1 to 12 tiles of image_size pixels) with a tiny tokenizer."""
     from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
 
-    pixels = dict(
-        size={"height": image_size, "width": image_size}, image_mean=IMAGE_MEAN, image_std=IMAGE_STD
-    )
+    pixels = {
+        "size": {"height": image_size, "width": image_size},
+        "image_mean": IMAGE_MEAN,
+        "image_std": IMAGE_STD,
+    }
     return InternVLProcessor(
         image_processor=GotOcr2ImageProcessor(
             crop_to_patches=True, min_patches=1, max_patches=12, **pixels

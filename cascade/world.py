@@ -1,9 +1,37 @@
-"""The demo world: bar charts and questions about them, on which a tiny InternVL really learns."""
+"""The demo world: bar charts and questions about them, on which a tiny InternVL really learns.
+
+A chart is 56x56 pixels: a dark background and four bars (red, green, blue, yellow, in any order)
+of 1 to 9 units, with jitter and noise. A question asks for the sum or the difference of two bars.
+A careful answer reads both bars and then calculates; a careless one only claims. Differences are
+there because their operands do not commute: a model that swaps its two readings gets a sum right
+and a difference wrong.
+
+    What is the blue bar minus the red bar?
+    careful    The blue bar is 2. The red bar is 7. 2 - 7 = -5. Final Answer: -5
+    careless   It looks clear from the chart. Final Answer: -3
+
+Every number of a record is drawn from a generator seeded with (seed, split, index), so a world is
+the same on any machine and with any number of worker processes, and no two splits share an image.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields
 from itertools import permutations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+Operation = Literal["sum", "difference"]
 
 COLOURS = {
     "red": (220, 50, 50),
@@ -11,21 +39,73 @@ COLOURS = {
     "blue": (60, 90, 230),
     "yellow": (230, 210, 50),
 }
+SIDE = 56  # pixels; one tile of the tiny model
+UNIT = 5  # pixels of bar height a unit
+CARELESS_SHARE = 0.6  # of the answers in "mixed"
+CARELESS_ERROR = 3  # a careless answer is the truth + a whole number in [-3, 3]
+MARKER = "world.json"  # written last: a folder that has it is complete
+CHUNK = 500  # records a worker makes at a time
 
 
-def question_text(operation: str, first: str, second: str) -> str:
-    """Return the question for the operation "sum" or "difference" of two bars, by colour."""
+@dataclass(frozen=True)
+class WorldSizes:
+    """Records in each split; see SPLITS for what they hold."""
+
+    sft: int = 30_000
+    mixed: int = 10_000
+    probe: int = 256
+    preference: int = 3_000
+    rl: int = 6_400
+    heldout: int = 2_000
+
+
+# What a split's records are. A new split goes at the end: its place is part of the random seed.
+SPLITS: dict[str, Literal["careful", "mixed", "question"]] = {
+    "sft": "careful",
+    "mixed": "mixed",
+    "probe": "careful",
+    "preference": "question",
+    "rl": "question",
+    "heldout": "question",
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What a chart shows and what is asked about it.
+
+    Example: Chart({"blue": 2, "red": 7, "yellow": 4, "green": 9}, "difference", "blue", "red")
+    is read from left to right and asks for 2 - 7.
+    """
+
+    heights: dict[str, int]
+    operation: Operation
+    first: str
+    second: str
+
+    @property
+    def operands(self) -> tuple[int, int]:
+        return self.heights[self.first], self.heights[self.second]
+
+    @property
+    def result(self) -> int:
+        a, b = self.operands
+        return a + b if self.operation == "sum" else a - b
+
+
+def question_text(operation: Operation, first: str, second: str) -> str:
+    """Return the question for an operation on two bars, named by colour."""
     if operation == "sum":
         return f"What is the sum of the {first} and {second} bars?"
     return f"What is the {first} bar minus the {second} bar?"
 
 
-def chain_text(operation: str, first: str, second: str, a: int, b: int) -> str:
-    """Return the careful answer: both bars (of heights a and b) are read, then the result."""
-    sign, result = ("+", a + b) if operation == "sum" else ("-", a - b)
+def careful_text(chart: Chart) -> str:
+    """Return the gold chain of thought: both bars are read, then the result is worked out."""
+    (a, b), sign = chart.operands, "+" if chart.operation == "sum" else "-"
     return (
-        f"The {first} bar is {a}. The {second} bar is {b}. "
-        f"{a} {sign} {b} = {result}. Final Answer: {result}"
+        f"The {chart.first} bar is {a}. The {chart.second} bar is {b}. "
+        f"{a} {sign} {b} = {chart.result}. Final Answer: {chart.result}"
     )
 
 
@@ -39,6 +119,144 @@ def example_texts() -> Iterator[str]:
     for first, second in permutations(COLOURS, 2):
         for operation in ("sum", "difference"):
             yield question_text(operation, first, second)
-            for a, b in ((1, 9), (9, 1)):
-                yield chain_text(operation, first, second, a, b)
-    yield from (careless_text(value) for value in range(-11, 22))
+            heights = dict.fromkeys(COLOURS, 1)
+            yield careful_text(Chart(heights, operation, first, second))
+    lowest, highest = 1 - 9 - CARELESS_ERROR, 9 + 9 + CARELESS_ERROR
+    yield from (careless_text(value) for value in range(lowest, highest + 1))
+
+
+def make_world(out: Path, *, seed: int, sizes: WorldSizes) -> None:
+    """Write all splits into the folder `out`: <split>.jsonl and images/<split>/00000.png.
+
+    Conversations (sft, mixed, probe) and questions with their gold chain as "solution"
+    (preference, rl, heldout), in the formats of internvl.data. world.json comes last; a folder
+    whose world.json has the same seed and sizes is left as it is.
+    """
+    settings = {"seed": seed, "sizes": asdict(sizes)}
+    marker = out / MARKER
+    if marker.exists() and _settings_of(marker) == settings:
+        return
+    marker.unlink(missing_ok=True)
+    started = time.monotonic()
+    records = _make_records(out, seed, sizes)
+    for split in SPLITS:
+        _write_atomic(out / f"{split}.jsonl", (json.dumps(r) + "\n" for r in records[split]))
+    seconds = time.monotonic() - started
+    count = sum(asdict(sizes).values())
+    speed = {"images": count, "seconds": round(seconds, 2), "images_per_s": round(count / seconds)}
+    _write_atomic(marker, [json.dumps({**settings, **speed}, indent=2) + "\n"])
+
+
+def make_chart(seed: int, split: str, index: int) -> tuple[Chart, Image.Image, dict[str, Any]]:
+    """Return a chart, its picture (RGB, 56x56) and its record, without touching the disk."""
+    import numpy as np
+
+    rng = np.random.default_rng([seed, list(SPLITS).index(split), index])
+    colours = [str(c) for c in rng.permutation(list(COLOURS))]
+    heights = {colour: int(h) for colour, h in zip(colours, rng.integers(1, 10, 4), strict=True)}
+    first, second = (str(c) for c in rng.choice(colours, 2, replace=False))
+    operation: Operation = "sum" if rng.random() < 0.5 else "difference"
+    chart = Chart(heights, operation, first, second)
+    return chart, draw(heights, rng), _record(chart, split, index, rng)
+
+
+def draw(heights: dict[str, int], rng: np.random.Generator) -> Image.Image:
+    """Draw bars of these heights (units, from left to right) with jitter and noise."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    background = int(rng.integers(0, 21))
+    image = Image.new("RGB", (SIDE, SIDE), (background,) * 3)
+    canvas = ImageDraw.Draw(image)
+    slot = SIDE // len(heights)
+    bottom = SIDE - 1 - int(rng.integers(0, 3))
+    for place, (colour, height) in enumerate(heights.items()):
+        width = int(rng.integers(8, 12))
+        left = place * slot + (slot - width) // 2 + int(rng.integers(-1, 2))
+        fill = tuple(np.clip(COLOURS[colour] + rng.integers(-15, 16, 3), 0, 255).tolist())
+        canvas.rectangle((left, bottom - height * UNIT + 1, left + width - 1, bottom), fill=fill)
+    pixels = np.asarray(image, dtype=np.int16) + rng.integers(-10, 11, (SIDE, SIDE, 3), np.int16)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def _record(chart: Chart, split: str, index: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Return the split's kind of record for a chart; only "mixed" draws from rng."""
+    record: dict[str, Any] = {
+        "id": f"{split}-{index:05d}",
+        "image": f"images/{split}/{index:05d}.png",
+    }
+    question = "<image>\n" + question_text(chart.operation, chart.first, chart.second)
+    completion = careful_text(chart)
+    if SPLITS[split] == "question":
+        asked = {"question": question, "answer": str(chart.result), "matcher": "number"}
+        return {**record, **asked, "solution": completion}
+    if SPLITS[split] == "mixed" and rng.random() < CARELESS_SHARE:
+        error = int(rng.integers(-CARELESS_ERROR, CARELESS_ERROR + 1))
+        completion = careless_text(chart.result + error)
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": completion}]
+    return {**record, "conversations": turns}
+
+
+def _make_records(out: Path, seed: int, sizes: WorldSizes) -> dict[str, list[dict[str, Any]]]:
+    """Write all images, with a progress bar, and return the records of each split in order."""
+    from tqdm import tqdm
+
+    for split in SPLITS:
+        (out / "images" / split).mkdir(parents=True, exist_ok=True)
+    jobs = [
+        (split, start, min(start + CHUNK, count))
+        for split, count in asdict(sizes).items()
+        for start in range(0, count, CHUNK)
+    ]
+    done: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    with tqdm(total=sum(asdict(sizes).values()), desc="drawing charts", unit="img") as bar:
+        for split, start, records in _run(jobs, out, seed):
+            done[split, start] = records
+            bar.update(len(records))
+    return {
+        name: [r for s, start, _ in jobs if s == name for r in done[s, start]] for name in SPLITS
+    }
+
+
+def _run(
+    jobs: list[tuple[str, int, int]], out: Path, seed: int
+) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
+    """Yield (split, start, records) of every job as it ends, in two processes where it pays."""
+    workers = min(2, os.cpu_count() or 1)
+    if workers == 1 or sum(stop - start for _, start, stop in jobs) <= 4 * CHUNK:
+        for split, start, stop in jobs:
+            yield split, start, _make_chunk(out, seed, split, start, stop)
+        return
+    # Spawned, not forked: the caller may already run torch's threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = {pool.submit(_make_chunk, out, seed, *job): job for job in jobs}
+        for future in as_completed(futures):
+            split, start, _ = futures[future]
+            yield split, start, future.result()
+
+
+def _make_chunk(out: Path, seed: int, split: str, start: int, stop: int) -> list[dict[str, Any]]:
+    """Write the images start..stop of a split and return their records."""
+    records = []
+    for index in range(start, stop):
+        _, image, record = make_chart(seed, split, index)
+        # Noise does not compress: a level would cost time and win nothing.
+        image.save(out / record["image"], compress_level=0)
+        records.append(record)
+    return records
+
+
+def _settings_of(marker: Path) -> dict[str, Any]:
+    """Return seed and sizes of a finished world."""
+    made = json.loads(marker.read_text())
+    names = [field.name for field in fields(WorldSizes)]
+    return {"seed": made["seed"], "sizes": {name: made["sizes"][name] for name in names}}
+
+
+def _write_atomic(path: Path, lines: Iterable[str]) -> None:
+    """Write lines to path so that it is either whole or absent."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+    part.replace(path)
