@@ -120,7 +120,7 @@ def create_venv(venv: Path) -> None:
 def installers(python: Path, flavour: str) -> list:
     """The commands to try in turn, without what they shall install."""
     # --no-compile: most of what is installed is never imported; the rest compiles on first use.
-    pip = [python, "-m", "pip", "install", "-q", "--no-compile", "--no-warn-script-location"]
+    pip = [python, "-m", "pip", "install", "-qq", "--no-compile", "--no-warn-script-location"]
     wants_cpu_torch = flavour == "cpu" or (flavour == "none" and not has_nvidia_gpu())
     if platform.system() != "Linux" or not wants_cpu_torch:
         return [pip]

@@ -49,5 +49,4 @@ class _TorchvisionFinder(importlib.abc.MetaPathFinder):
         return spec
 
 
-if not any(isinstance(finder, _TorchvisionFinder) for finder in sys.meta_path):
-    sys.meta_path.insert(0, _TorchvisionFinder())
+sys.meta_path.insert(0, _TorchvisionFinder())
