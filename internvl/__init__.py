@@ -1,0 +1,5 @@
+"""The model layer: the only package that knows tiles, image tokens, lm_head and vLLM.
+
+Submodules are imported by name (`from internvl.data import read_rows`), so that the light ones
+(`data`, `errors`) never pay for torch.
+"""

@@ -1,0 +1,80 @@
+"""Checkpoints in and out, loaded strictly and proved by a checksum.
+
+transformers loads by `strict=False` in more than one place, and full-parameter InternVL training
+resumed by its Trainer silently restarts from the base weights (transformers issue 43701); here a
+name that does not match is an error, and what was loaded can be compared with what was saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from internvl.attention import SHARED_PREFIX
+from internvl.errors import UserError
+from internvl.model import InternVLForConditionalGeneration, adopt
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(path: str | Path, *, dtype: str = "float32") -> InternVLForConditionalGeneration:
+    """Load an HF-native InternVL checkpoint for training; every weight must match by name.
+
+    dtype: "float32", "bfloat16" or "float16". Raises `UserError` naming what is missing,
+    unexpected or of another shape.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no config.json there; expected an InternVL checkpoint folder")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {sorted(DTYPES)}")
+    try:
+        model, info = InternVLForConditionalGeneration.from_pretrained(
+            str(path),
+            dtype=DTYPES[dtype],
+            attn_implementation={"text_config": SHARED_PREFIX, "vision_config": "sdpa"},
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise UserError(f"{path}: {error}") from None
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := info[fault]:
+            shown = ", ".join(sorted(map(str, names))[:5])
+            raise UserError(f"{path}: {len(names)} {fault.replace('_', ' ')}: {shown}, ...")
+    return adopt(model)
+
+
+def load_weights(model: InternVLForConditionalGeneration, path: str | Path) -> None:
+    """Put a checkpoint's weights into `model`, in place; every name must match."""
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    fresh = load_model(path, dtype=dtype)
+    model.load_state_dict(fresh.state_dict(), strict=True)
+
+
+def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of named tensors: names, shapes, dtypes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        value = tensor.detach().to("cpu").contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def folder_checksum(path: str | Path) -> str:
+    """SHA-256 of the weight files in a checkpoint folder (names and bytes)."""
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path}: no safetensors file there")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as data:
+            while block := data.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

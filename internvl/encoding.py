@@ -1,0 +1,161 @@
+"""Rows to Examples: the one place where records become ids, tiles, image slots and loss masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from internvl.chat import (
+    cut_tiles,
+    encode_completion,
+    encode_text,
+    eos_token_id,
+    expand_images,
+    render_messages,
+    render_prompt,
+    tile_settings,
+)
+from internvl.data import Kind, Quarantine, Row, image_fault, load_image
+from internvl.errors import DataError
+from internvl.packing import Example
+
+if TYPE_CHECKING:
+    from transformers import InternVLProcessor
+
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass
+class Encoder:
+    """Encodes rows of any kind with one processor.
+
+    max_tiles: tile budget of a prompt. max_length: tokens that a prompt and its longest completion
+    may have together.
+    """
+
+    processor: InternVLProcessor
+    max_tiles: int
+    max_length: int
+
+    def completions(self, row: Row, completions: Sequence[list[int]]) -> Example:
+        """A question (or pair) row's prompt with the given completions' ids."""
+        tiles, counts = cut_tiles(
+            self.processor, [load_image(path) for path in row.image_paths()], self.max_tiles
+        )
+        text = render_prompt(self.processor, row.data["question"], row.data.get("system"))
+        ids = encode_text(self.processor, expand_images(self.processor, text, counts))
+        return Example(ids, tiles, list(completions), self._slots(ids))
+
+    def pair(self, row: Row) -> Example:
+        """A preference pair: completion 0 is chosen, completion 1 rejected."""
+        texts = (row.data["chosen"], row.data["rejected"])
+        return self.completions(row, [encode_completion(self.processor, text) for text in texts])
+
+    def conversation(self, row: Row) -> Example:
+        """A conversation: the first user turn is the prompt, all after it one completion.
+
+        Only the assistant's turns (with their end-of-turn token) are scored.
+        """
+        tiles, counts = cut_tiles(
+            self.processor, [load_image(path) for path in row.image_paths()], self.max_tiles
+        )
+        remaining = list(counts)
+        context, completion, mask = [], [], []
+        for turn, (text, answer) in enumerate(self._turns(row)):
+            here = [remaining.pop(0) for _ in range(text.count(self.processor.image_token))]
+            ids = encode_text(self.processor, expand_images(self.processor, text, here))
+            reply = encode_completion(self.processor, answer)
+            if turn == 0:
+                context = ids
+            else:
+                completion += ids
+                mask += [False] * len(ids)
+            completion += reply
+            mask += [True] * len(reply)
+        masked_ids = [
+            token if not keep else -1 for token, keep in zip(completion, mask, strict=True)
+        ]
+        slots = self._slots(context + masked_ids)
+        return Example(context, tiles, [completion], slots, loss_masks=[mask])
+
+    def _slots(self, ids: Sequence[int]) -> list[int]:
+        image_token_id = self.processor.image_token_id
+        return [position for position, token in enumerate(ids) if token == image_token_id]
+
+    def _turns(self, row: Row) -> list[tuple[str, str]]:
+        """(unexpanded text before the reply, reply) of each exchange."""
+        system = row.data.get("system")
+        messages = [{"role": "system", "content": system}] if system else []
+        eos = self.processor.tokenizer.convert_ids_to_tokens(eos_token_id(self.processor))
+        turns, before = [], ""
+        for turn in row.data["conversations"]:
+            messages.append({"role": _ROLES[turn["from"]], "content": turn["value"]})
+            if turn["from"] != "gpt":
+                continue
+            text = render_messages(self.processor, messages[:-1], generate=True)
+            if not text.startswith(before):
+                raise DataError(
+                    f"{row.file}:{row.line}: the chat template rewrites earlier turns, so a "
+                    "conversation of several turns cannot be trained in one piece"
+                )
+            turns.append((text[len(before) :], turn["value"]))
+            before = text + turn["value"] + str(eos)
+        return turns
+
+    def length(self, row: Row, kind: Kind) -> int:
+        """Tokens of a row's prompt and longest completion, from the image sizes alone."""
+        if kind == "conversation":
+            texts = [text + answer for text, answer in self._turns(row)]
+            text_tokens = sum(len(encode_text(self.processor, t)) + 1 for t in texts)
+        else:
+            prompt = render_prompt(self.processor, row.data["question"], row.data.get("system"))
+            longest = 0
+            if kind == "pair":
+                ends = (row.data["chosen"], row.data["rejected"])
+                longest = max(len(encode_completion(self.processor, end)) for end in ends)
+            text_tokens = len(encode_text(self.processor, prompt)) + longest
+        settings = tile_settings(len(row.images), self.max_tiles)
+        visual = 0
+        for path in row.image_paths():
+            image = load_image(path)
+            tiles = self.processor.image_processor.get_number_of_image_patches(  # type: ignore[union-attr]
+                image.height, image.width, settings
+            )
+            # the placeholder itself was counted as text; <img> and </img> are added
+            visual += tiles * self.processor.image_seq_length + 1
+        return text_tokens + visual
+
+    def fault(self, row: Row, kind: Kind) -> str | None:
+        """Why a row cannot be trained on, or None: its images and its length are looked at."""
+        if fault := image_fault(row):
+            return fault
+        try:
+            length = self.length(row, kind)
+        except DataError as error:
+            return str(error)
+        if length > self.max_length:
+            return f"{length} tokens, over max_length {self.max_length} (never cut; see max_tiles)"
+        return None
+
+
+def usable_rows(
+    rows: Sequence[Row], encoder: Encoder, kind: Kind, quarantine: Quarantine, *, quiet: bool
+) -> list[Row]:
+    """The rows that can be trained on; the others go to the quarantine with their reason.
+
+    Every image is decoded once and every length counted, before the first step is run.
+    Raises `DataError` when more are bad than the quarantine allows, or none is left.
+    """
+    good = []
+    for row in tqdm(rows, desc="checking rows", unit="row", disable=quiet, delay=1):
+        if fault := encoder.fault(row, kind):
+            quarantine.add(row.file, row.line, fault, row.data)
+        else:
+            good.append(row)
+    quarantine.check(len(rows))
+    if not good:
+        raise DataError(f"{rows[0].file}: no usable row is left of {len(rows)}")
+    return good

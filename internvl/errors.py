@@ -1,0 +1,29 @@
+"""What a user can mend, told in one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Something the user can mend; a command prints it as one line and exits with code 2."""
+
+
+class DataError(UserError):
+    """A row, an image or a file that cannot be used; the message names it and the reason."""
+
+
+def cli_guard(main: Callable[[], None]) -> None:
+    """Run a command's `main`; a `UserError` becomes one line on stderr and exit code 2.
+
+    Every other exception keeps its traceback: it is a defect of ours, not of the input.
+    """
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; start the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,115 @@
+"""The InternVL that is trained: transformers' model with one more way to call it, packed.
+
+`model(packed=batch, pixel_values=...)` runs the vision tower once over the batch's tiles, the
+language model once over the packed row, and the head over completion tokens only, all inside
+`forward`, so that the hooks of DDP, FSDP and DeepSpeed fire. Called otherwise, it is transformers'
+own model. The class keeps the name of its parent: a checkpoint names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from internvl.attention import SHARED_PREFIX
+from internvl.errors import UserError
+from internvl.logprobs import MAX_LOGITS, TokenScores, score_tokens
+from internvl.packing import PackedBatch
+
+
+class InternVLForConditionalGeneration(transformers.InternVLForConditionalGeneration):
+    """transformers' InternVL with a packed forward that returns log-probabilities."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: weights have the parent's names, so transformers' name conversions apply."""
+        return False
+
+    def forward(self, *args: Any, packed: PackedBatch | None = None, **kwargs: Any) -> Any:
+        """transformers' forward, or `score_packed` when `packed` is given."""
+        if packed is None:
+            return super().forward(*args, **kwargs)
+        # PEFT passes every argument of transformers' forward on, most of them as None
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        return self.score_packed(packed, *args, **given)
+
+    def score_packed(
+        self,
+        packed: PackedBatch,
+        pixel_values: Tensor,
+        *,
+        temperature: float = 1.0,
+        forbidden: Sequence[int] = (),
+        with_entropy: bool = False,
+        max_logits: int = MAX_LOGITS,
+    ) -> TokenScores:
+        """Log-probabilities of a micro-batch's scored tokens.
+
+        packed: on the model's device. pixel_values: float [X, 3, H, W], the batch's tiles
+        normalised; a batch without images brings one dummy tile, whose features are used times
+        zero, so that every rank's backward reaches every parameter.
+        """
+        features = self.model.get_image_features(pixel_values=pixel_values).pooler_output
+        features = features.flatten(0, 1)
+        embeds = self.get_input_embeddings()(packed.input_ids)
+        if len(packed.image_positions):
+            if len(packed.image_positions) != len(features):
+                raise UserError(
+                    f"{len(packed.image_positions)} image slots but {len(features)} image features"
+                )
+            embeds = embeds.index_copy(0, packed.image_positions, features.to(embeds.dtype))
+        else:
+            embeds = embeds + 0.0 * features.sum().to(embeds.dtype)
+        hidden = self.model.language_model(
+            inputs_embeds=embeds[None],
+            position_ids=packed.position_ids[None],
+            attention_mask=None,
+            use_cache=False,
+            layout=packed.layout,
+        ).last_hidden_state[0]
+        scores = score_tokens(
+            hidden.index_select(0, packed.sources),
+            packed.targets,
+            self.lm_head,
+            temperature=temperature,
+            forbidden=forbidden,
+            with_entropy=with_entropy,
+            vocab_size=self.config.text_config.vocab_size,
+            max_logits=max_logits,
+        )
+        if not packed.real:
+            # no token is scored: this ties the filler's graph to the result, times zero
+            scores.logprobs = scores.logprobs + 0.0 * self.lm_head(hidden[:1]).sum()
+        return scores
+
+
+def adopt(model: torch.nn.Module) -> InternVLForConditionalGeneration:
+    """Give transformers' InternVL the packed forward, in place (weights and layout are the same).
+
+    Raises `UserError` for any other model.
+    """
+    if not isinstance(model, transformers.InternVLForConditionalGeneration):
+        raise UserError(
+            f"the model is {type(model).__name__}, expected InternVLForConditionalGeneration"
+        )
+    if not isinstance(model, InternVLForConditionalGeneration):
+        model.__class__ = InternVLForConditionalGeneration
+    assert isinstance(model, InternVLForConditionalGeneration)
+    if model.config.text_config._attn_implementation != SHARED_PREFIX:
+        model.set_attn_implementation({"text_config": SHARED_PREFIX, "vision_config": "sdpa"})
+    return model
+
+
+@contextmanager
+def plain_attention(model: InternVLForConditionalGeneration) -> Iterator[None]:
+    """While open, the language model attends by SDPA, as transformers' own forward needs."""
+    model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
+    try:
+        yield
+    finally:
+        model.set_attn_implementation({"text_config": SHARED_PREFIX, "vision_config": "sdpa"})

@@ -1,0 +1,50 @@
+"""Options of the SFT stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from internvl.errors import UserError
+from sft.losses import EXPONENTS
+from training.arguments import PackedTrainingArguments
+
+
+@dataclass
+class SFTConfig(PackedTrainingArguments):
+    """Options of supervised fine-tuning; see PackedTrainingArguments for the common ones."""
+
+    train_file: str = field(default="", metadata={"help": "Conversations: JSONL or meta.json."})
+    eval_file: str | None = field(
+        default=None, metadata={"help": "Held-out conversations, for eval_steps."}
+    )
+    loss_average: str = field(
+        default="square",
+        metadata={"help": "Weight of a token: 'token', 'sample' or 'square' (InternVL 2.5)."},
+    )
+    stop_gold_probability: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop by what was learned, not by a number of steps: once the mean probability "
+            "of the held-out gold completions reaches this, cool down and end. The learning rate "
+            "is constant until then (after warmup_steps); max_steps is the cap."
+        },
+    )
+    cooldown_steps: int = field(
+        default=40, metadata={"help": "Steps of linear decay to 0 after stop_gold_probability."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+
+    def __post_init__(self) -> None:
+        """Check the options that belong together."""
+        if not self.train_file:
+            raise UserError("train_file is missing: the JSONL (or meta.json) of conversations")
+        if self.loss_average not in EXPONENTS:
+            raise UserError(f"loss_average {self.loss_average!r} is not one of {list(EXPONENTS)}")
+        if self.stop_gold_probability is not None:
+            if self.eval_file is None or str(self.eval_strategy) in ("no", "IntervalStrategy.NO"):
+                raise UserError("stop_gold_probability needs eval_file and eval_strategy: steps")
+            if self.max_steps < 1:
+                raise UserError("stop_gold_probability needs max_steps, the cap")
+            if not 0 < self.stop_gold_probability < 1:
+                raise UserError("stop_gold_probability is a probability, between 0 and 1")
+        super().__post_init__()

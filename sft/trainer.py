@@ -1,0 +1,135 @@
+"""The SFT stage on PackedTrainer: one completion an example, and a stop by what was learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from internvl.data import Row
+from internvl.encoding import Encoder
+from internvl.logprobs import TokenScores
+from internvl.packing import Example, PackedBatch
+from sft.config import SFTConfig
+from sft.losses import sft_loss, total_weight
+from training.metrics import Metrics
+from training.trainer import PackedTrainer
+
+
+class CooldownSchedule:
+    """Learning-rate factor: linear warm-up, constant, and once started a linear cool-down.
+
+    A class and not a function, so that torch's LambdaLR saves and restores `cooldown_start`.
+    """
+
+    def __init__(self, warmup_steps: int, cooldown_steps: int):
+        self.warmup_steps = warmup_steps
+        self.cooldown_steps = cooldown_steps
+        self.cooldown_start: int | None = None
+
+    def __call__(self, step: int) -> float:
+        """The factor of the step that comes after `step` steps."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.cooldown_start is None:
+            return 1.0
+        return max(0.0, 1.0 - (step - self.cooldown_start) / self.cooldown_steps)
+
+
+class StopWhenLearned(TrainerCallback):
+    """Starts the cool-down when the held-out gold completions are probable enough, then stops.
+
+    The measure is the mean over held-out rows of p(gold completion | image, question): the chance
+    that one sample at temperature 1 repeats the gold chain of thought. It is exact, needs no
+    sampling, and is the same on every machine.
+    """
+
+    def __init__(self, threshold: float, schedule: CooldownSchedule):
+        self.threshold = threshold
+        self.schedule = schedule
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Start the cool-down at the first evaluation at or over the threshold."""
+        reached = metrics is not None and metrics["eval_gold_probability"] >= self.threshold
+        if reached and self.schedule.cooldown_start is None:
+            self.schedule.cooldown_start = state.global_step
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Stop when the cool-down is over."""
+        start = self.schedule.cooldown_start
+        if start is not None and state.global_step >= start + self.schedule.cooldown_steps:
+            control.should_training_stop = True
+            control.should_save = True
+            control.should_evaluate = True
+
+
+class SFTTrainer(PackedTrainer):
+    """Supervised fine-tuning of InternVL on conversations (rows of kind "conversation")."""
+
+    def __init__(self, *args: Any, encoder: Encoder, **kwargs: Any):
+        self.encoder = encoder
+        super().__init__(*args, **kwargs)
+        self._schedule: CooldownSchedule | None = None
+        config = self.sft_args
+        if config.stop_gold_probability is not None:
+            self._schedule = CooldownSchedule(int(config.warmup_steps), config.cooldown_steps)
+            self.add_callback(StopWhenLearned(config.stop_gold_probability, self._schedule))
+
+    @property
+    def sft_args(self) -> SFTConfig:
+        """The options, with our type."""
+        assert isinstance(self.args, SFTConfig)
+        return self.args
+
+    def encode(self, row: Row) -> Example:
+        """A conversation as one prompt with one completion."""
+        return self.encoder.conversation(row)
+
+    def count(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Examples, and the total weight of their response tokens."""
+        lengths = [sum(mask) for e in examples if e.loss_masks for mask in e.loss_masks]
+        weight = total_weight(lengths, self.sft_args.loss_average)
+        return {"examples": float(len(examples)), "weight": weight}
+
+    def loss(
+        self, scores: TokenScores, batch: PackedBatch, counts: dict[str, float]
+    ) -> tuple[Tensor, Metrics]:
+        """The weighted mean of -log p over the global batch's response tokens."""
+        loss = sft_loss(
+            scores.logprobs,
+            batch.completion_of_token,
+            batch.lengths,
+            self.sft_args.loss_average,
+            counts["weight"],
+        )
+        metrics = Metrics()
+        metrics.mean("mean_token_logprob", scores.logprobs)
+        metrics.mean("gold_probability", batch.sum_by_completion(scores.logprobs.detach()).exp())
+        return loss, metrics
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The adaptive schedule where a stop by probability was asked for, else transformers'."""
+        if self._schedule is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, self._schedule
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler

@@ -1,0 +1,95 @@
+"""Which examples a rank takes at a step, and their packing into micro-batches.
+
+    epoch's shuffled order -> step s: [s * B * W, (s + 1) * B * W) -> rank r's share of B
+        -> encode -> Examples -> StepBatch(micro-batches)
+
+Every rank has the same number of steps, no row is repeated, and the last step may be smaller or
+empty on a rank (accelerate's even_batches=True repeats rows; False hangs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from internvl.packing import Example, PackedBatch, pack, plan_microbatches
+
+STEP_BATCH = "step"  # the one key of the dict that Trainer hands to training_step
+
+
+@dataclass
+class StepBatch:
+    """What one rank does in one optimizer step.
+
+    microbatches: on the CPU, tiles as uint8. counts: this rank's own totals, by which the stage's
+    loss is normalised once they are summed over the ranks.
+    """
+
+    microbatches: list[PackedBatch]
+    counts: dict[str, float]
+
+
+class StepSampler(Sampler[list[int]]):
+    """The indices of this rank's share of each step of an epoch."""
+
+    def __init__(
+        self, length: int, batch_size: int, *, rank: int, world_size: int, seed: int, shuffle: bool
+    ):
+        self.length = length
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration follows."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.length // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(range(self.length))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(self.length, generator=generator).tolist()
+        for step in range(len(self)):
+            start = (step * self.world_size + self.rank) * self.batch_size
+            stop = min(start + self.batch_size, self.length)
+            yield order[start:stop] if start < stop else []
+
+
+class StepLoader(DataLoader[Any]):
+    """A DataLoader over `StepSampler` that Trainer can tell the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to the sampler."""
+        assert isinstance(self.batch_sampler, StepSampler)
+        self.batch_sampler.set_epoch(epoch)
+
+
+@dataclass
+class StepCollator:
+    """Rows to a `StepBatch`, in the data loader's worker.
+
+    encode: a row to its Example. count: examples to the totals that the loss is normalised by.
+    """
+
+    encode: Callable[[Any], Example]
+    count: Callable[[Sequence[Example]], dict[str, float]]
+    max_tokens: int
+    max_tiles: int | None
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, StepBatch]:
+        return {STEP_BATCH: self.batch([self.encode(row) for row in rows])}
+
+    def batch(self, examples: Sequence[Example]) -> StepBatch:
+        """Examples that are encoded already, packed."""
+        plan = plan_microbatches(examples, self.max_tokens, self.max_tiles)
+        return StepBatch([pack(examples, indices) for indices in plan], self.count(examples))

@@ -1,0 +1,60 @@
+"""What every stage's command does before it can train: model, processor, rows, quarantine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import InternVLProcessor, set_seed
+
+from internvl.chat import load_processor
+from internvl.checkpoint import load_model
+from internvl.data import Kind, Quarantine, Row, read_rows, write_json
+from internvl.encoding import Encoder, usable_rows
+from internvl.model import InternVLForConditionalGeneration
+from training.arguments import PackedTrainingArguments
+from training.cli import ModelArguments
+
+
+@dataclass
+class Stage:
+    """A stage's model and processor, and the reader of its rows."""
+
+    model: InternVLForConditionalGeneration
+    processor: InternVLProcessor
+    encoder: Encoder
+    args: PackedTrainingArguments
+    quarantine: Quarantine
+
+    def rows(self, file: str, kind: Kind) -> list[Row]:
+        """The usable rows of a file; the others go to the quarantine with their reason."""
+        rows = read_rows(file, kind=kind, quarantine=self.quarantine)
+        quiet = self.args.disable_tqdm or self.args.process_index > 0
+        good = usable_rows(rows, self.encoder, kind, self.quarantine, quiet=bool(quiet))
+        if self.quarantine.count and self.args.process_index == 0:
+            print(f"{self.quarantine.count} bad rows so far, see {self.quarantine.path}")
+        return good
+
+
+def open_stage(model_args: ModelArguments, args: PackedTrainingArguments) -> Stage:
+    """Load the model and processor that a stage starts from."""
+    set_seed(args.seed)
+    processor = load_processor(model_args.model_name_or_path)
+    model = load_model(model_args.model_name_or_path, dtype=model_args.dtype)
+    limit = args.max_length or model.config.text_config.max_position_embeddings
+    output_dir = Path(args.output_dir or "")
+    path = Path(args.quarantine_file) if args.quarantine_file else output_dir / "quarantine.jsonl"
+    # one process writes; the others find the same rows and only count them
+    quarantine = Quarantine(path if args.process_index == 0 else None, args.max_bad)
+    if args.process_index == 0:
+        path.unlink(missing_ok=True)  # the rows are read anew, and put aside anew
+    return Stage(model, processor, Encoder(processor, args.max_tiles, limit), args, quarantine)
+
+
+def save_config(args: PackedTrainingArguments, model_args: ModelArguments) -> None:
+    """Write the resolved options beside the run's results."""
+    if args.process_index == 0:
+        resolved: dict[str, Any] = {**json.loads(args.to_json_string()), **vars(model_args)}
+        write_json(Path(args.output_dir or "") / "config.resolved.json", resolved)

@@ -1,0 +1,365 @@
+"""PackedTrainer: transformers' Trainer whose step is a set of packed micro-batches.
+
+    StepBatch --> for each micro-batch: model(packed=...) -> token log-probs -> stage's loss
+                  backward(loss / global counts * world size), synchronised at the last one only
+
+What users know stays transformers' own: arguments, callbacks, trackers, mixed precision, PEFT,
+DDP. What is overridden: how rows are shared out over ranks (no row twice, equal step counts), the
+step itself, the evaluation loop, and checkpoints (marked when complete, loaded strictly, proved).
+
+A stage gives three things: `encode` (row -> Example), `count` (examples -> the totals that its
+loss is normalised by) and `loss` (log-probs -> loss and metrics). The trainer never looks inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import DistributedType
+from torch import Tensor, nn
+from torch import distributed as dist
+from transformers import InternVLProcessor, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from internvl.chat import normalize_tiles
+from internvl.checkpoint import checksum, load_weights
+from internvl.errors import UserError
+from internvl.logprobs import TokenScores
+from internvl.model import InternVLForConditionalGeneration, adopt
+from internvl.packing import Example, PackedBatch, filler
+from training import checkpoints
+from training.arguments import PackedTrainingArguments
+from training.batches import STEP_BATCH, StepBatch, StepCollator, StepLoader, StepSampler
+from training.metrics import Metrics, sum_over_ranks
+
+# what a run's mathematics depends on, beside the stage's own options
+_SAME_RUN = (
+    "per_device_train_batch_size",
+    "world_size",
+    "seed",
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
+    "max_steps",
+    "num_train_epochs",
+    "lr_scheduler_type",
+    "warmup_steps",
+)
+# options of ours that may change between a kill and a restart
+_FREE = {"resume", "quarantine_file", "max_bad", "max_tokens_per_microbatch",
+         "max_tiles_per_microbatch"}  # fmt: skip
+
+
+class PackedTrainer(Trainer):
+    """The one trainer; a stage subclasses it with `encode`, `count` and `loss`.
+
+    model: InternVL (transformers' or ours). args: the stage's options. train_dataset,
+    eval_dataset: sequences of rows that `encode` understands. processing_class: the checkpoint's
+    InternVLProcessor. peft_config: a PEFT configuration for adapter training.
+    """
+
+    # the names that every Example of the stage carries, for the filler of an idle rank
+    completion_value_names: tuple[str, ...] = ()
+    token_value_names: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: PackedTrainingArguments,
+        train_dataset: Sequence[Any] | None,
+        processing_class: InternVLProcessor,
+        eval_dataset: Sequence[Any] | None = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ):
+        if args.n_gpu > 1:
+            raise UserError(
+                "nn.DataParallel is not supported: start one process a GPU with accelerate launch"
+            )
+        adopt(model)
+        model.config.use_cache = False
+        if args.freeze_vision:
+            model.model.vision_tower.requires_grad_(False)
+            model.model.multi_modal_projector.requires_grad_(False)
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        self._metrics = Metrics()
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True  # the loss is normalised here, by global counts
+
+    # ---- what a stage gives ----
+
+    def encode(self, row: Any) -> Example:
+        """A row of the stage's data set as an Example."""
+        raise NotImplementedError
+
+    def count(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Totals of these examples; `loss` receives their sums over micro-batches and ranks."""
+        raise NotImplementedError
+
+    def loss(
+        self, scores: TokenScores, batch: PackedBatch, counts: dict[str, float]
+    ) -> tuple[Tensor, Metrics]:
+        """This micro-batch's part of the global loss (terms divided by `counts`), and metrics."""
+        raise NotImplementedError
+
+    def score_options(self) -> dict[str, Any]:
+        """Keyword arguments of the packed forward (temperature, forbidden ids, entropy)."""
+        return {}
+
+    # ---- data ----
+
+    @property
+    def collator(self) -> StepCollator:
+        """Rows to a StepBatch by this stage's `encode` and `count`."""
+        args = self.packed_args
+        return StepCollator(
+            self.encode, self.count, args.max_tokens_per_microbatch, args.max_tiles_per_microbatch
+        )
+
+    @property
+    def packed_args(self) -> PackedTrainingArguments:
+        """The options, with our type."""
+        assert isinstance(self.args, PackedTrainingArguments)
+        return self.args
+
+    def _step_loader(self, rows: Sequence[Any], batch_size: int, shuffle: bool) -> StepLoader:
+        sampler = StepSampler(
+            len(rows),
+            batch_size,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            shuffle=shuffle,
+        )
+        return StepLoader(
+            rows,  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=self.collator,
+            num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator(),  # the workers' base seed must not move the global RNG
+        )
+
+    def get_train_dataloader(self) -> Any:
+        """Our own shares of each step; not passed through accelerate, which would reshard it."""
+        if self.train_dataset is None:
+            raise UserError("training needs a train_dataset")
+        return self._step_loader(self.train_dataset, self.args.per_device_train_batch_size, True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The evaluation rows in order, shared over the ranks."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise UserError("evaluation needs an eval_dataset")
+        return self._step_loader(rows, self.args.per_device_eval_batch_size, False)
+
+    # ---- the step ----
+
+    def pixel_values(self, batch: PackedBatch) -> Tensor:
+        """The batch's tiles normalised on the device; one black tile where there is none."""
+        tiles = batch.tiles
+        if not len(tiles):
+            tiles = tiles.new_zeros((1, *tiles.shape[1:]))
+        return normalize_tiles(self.processing_class, tiles)
+
+    def score(self, model: nn.Module, batch: PackedBatch) -> TokenScores:
+        """Log-probabilities of a micro-batch (on the CPU or the device) under `model`."""
+        batch = batch.on(self.args.device)
+        return model(packed=batch, pixel_values=self.pixel_values(batch), **self.score_options())
+
+    def _microbatches(self, step: StepBatch) -> Iterable[tuple[PackedBatch, bool]]:
+        """This rank's micro-batches and, after them, fillers up to the slowest rank's number."""
+        number = len(step.microbatches)
+        if self.args.world_size > 1:
+            most = torch.tensor(number, device=self.args.device)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            number = int(most)
+        size: Any = self.processing_class.image_processor.size  # type: ignore[union-attr]
+        shape = torch.Size([3, size["height"], size["width"]])
+        for index in range(number):
+            if index < len(step.microbatches):
+                batch = step.microbatches[index]
+            else:
+                batch = filler(self.completion_value_names, self.token_value_names, shape)
+            yield batch, index == number - 1
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of one optimizer step; returns the global loss on every rank."""
+        step: StepBatch = inputs[STEP_BATCH]
+        model.train()
+        counts = sum_over_ranks(step.counts, self.args.device)
+        gradient_state = self.accelerator.gradient_state
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        options = {"scale_wrt_gas": False} if deepspeed else {}
+        total = torch.zeros((), device=self.args.device)
+        for batch, last in self._microbatches(step):
+            gradient_state._set_sync_gradients(last)
+            sync = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+            with sync:
+                with self.compute_loss_context_manager():
+                    device_batch = batch.on(self.args.device)
+                    scores = self.score(model, device_batch)
+                    loss, metrics = self.loss(scores, device_batch, counts)
+                # DDP, FSDP and DeepSpeed average gradients over ranks; the loss is a global sum
+                self.accelerator.backward(loss * self.args.world_size, **options)
+            total += loss.detach()
+            self._metrics.merge(metrics)
+        if self.args.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log with the stage's metrics since the last one."""
+        if "loss" in logs:
+            self._metrics.reduce(self.args.device)
+            logs = {**logs, **self._metrics.values()}
+            self._metrics = Metrics()
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss and metrics over a data set, in the same packing and by the same global counts.
+
+        The loss of each batch is normalised by that batch's counts, and the batches are averaged
+        by their number of examples; every metric is an exact mean over the whole set.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        metrics = Metrics()
+        samples = 0
+        for inputs in dataloader:
+            step: StepBatch = inputs[STEP_BATCH]
+            counts = sum_over_ranks(step.counts, self.args.device)
+            samples += int(counts["examples"])
+            total = 0.0
+            for batch, _ in self._microbatches(step):
+                with self.compute_loss_context_manager():
+                    device_batch = batch.on(self.args.device)
+                    scores = self.score(model, device_batch)
+                    loss, part = self.loss(scores, device_batch, counts)
+                metrics.merge(part)
+                total += float(loss)
+            # each rank adds its part of the sum, and its share of the count
+            weight = counts["examples"]
+            metrics.ratio("loss", total * weight, weight / self.args.world_size)
+        metrics.reduce(self.args.device)
+        values = {f"{metric_key_prefix}_{name}": v for name, v in metrics.values().items()}
+        return EvalLoopOutput(None, None, values, samples)  # type: ignore[arg-type]
+
+    # ---- checkpoints ----
+
+    def run_settings(self) -> dict[str, Any]:
+        """What must be the same when a run goes on: checked against the checkpoint's record."""
+        base = {field.name for field in fields(TrainingArguments)}
+        own = [f.name for f in fields(self.args) if f.name not in base | _FREE]
+        values = {name: getattr(self.args, name) for name in (*_SAME_RUN, *own)}
+        return {
+            name: v if isinstance(v, int | float | None) else str(v) for name, v in values.items()
+        }
+
+    def stage_state(self) -> dict[str, Any]:
+        """JSON-able state of the stage beyond transformers' own, saved by the main process."""
+        return {}
+
+    def load_stage_state(self, state: dict[str, Any]) -> None:
+        """Restore what `stage_state` gave."""
+
+    def save_rank_state(self, folder: Path) -> None:
+        """Write files of this rank's own into a checkpoint (a rollout buffer, say)."""
+
+    def load_rank_state(self, folder: Path) -> None:
+        """Read what `save_rank_state` wrote."""
+
+    def _trainable(self) -> list[tuple[str, Tensor]]:
+        model = self.accelerator.unwrap_model(self.model)
+        return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+    @property
+    def _weights_are_whole(self) -> bool:
+        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's checkpoint, our state beside it, and the marker last."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        output_dir = Path(self.args.output_dir)
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        self.save_rank_state(folder)
+        if self.args.world_size > 1:
+            dist.barrier()
+        if self.is_world_process_zero():
+            record = {
+                "step": self.state.global_step,
+                "weights": checksum(self._trainable()) if self._weights_are_whole else None,
+                "settings": self.run_settings(),
+                "stage": self.stage_state(),
+            }
+            checkpoints.mark_complete(folder, record)
+            checkpoints.keep_newest(output_dir, limit)
+        if self.args.world_size > 1:
+            dist.barrier()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load a checkpoint's weights strictly and compare their checksum with its record."""
+        folder = Path(resume_from_checkpoint)
+        target = self.model if model is None else model
+        if isinstance(target, InternVLForConditionalGeneration):
+            load_weights(target, folder)
+        else:  # adapters and sharded models: transformers knows their formats
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        record = checkpoints.read_marker(folder)
+        if record["weights"] is not None and checksum(self._trainable()) != record["weights"]:
+            raise UserError(f"{folder}: the weights that were loaded are not those that were saved")
+        self.load_stage_state(record["stage"])
+        self.load_rank_state(folder)
+
+    def run(self) -> None:
+        """Train, going on from the newest complete checkpoint, and save the result.
+
+        With `resume: never`, raises `UserError` when output_dir already holds checkpoints.
+        """
+        output_dir = Path(self.args.output_dir)
+        folder = checkpoints.newest_complete(output_dir)
+        if self.packed_args.resume == "never" and checkpoints.all_checkpoints(output_dir):
+            raise UserError(f"{output_dir} holds checkpoints and resume is 'never'")
+        if folder is not None:
+            saved = checkpoints.read_marker(folder)["settings"]
+            checkpoints.check_same_run(folder, saved, self.run_settings())
+        if self.is_world_process_zero():
+            for broken in checkpoints.remove_incomplete(output_dir):
+                print(f"{broken}: half-written, removed")
+            if folder is not None:
+                print(f"going on from {folder}")
+        if self.args.world_size > 1:
+            dist.barrier()
+        self.train(resume_from_checkpoint=None if folder is None else str(folder))
+        self.save_model()
+        self.save_state()
