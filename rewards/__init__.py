@@ -1,0 +1,27 @@
+"""Verdicts: does a completion's final answer match the gold answer?
+
+    completion -> extract (final answer, was the format followed?) -> match (score) -> Verdict
+
+No torch is imported here, and nothing that comes from data is ever evaluated as code.
+
+>>> from rewards import verify
+>>> verify("The bar is 7. Final Answer: 7", "7")
+Verdict(outcome=<Outcome.CORRECT: 'correct'>, extracted='7', matcher='number', score=1.0, \
+format_ok=True, reason=None)
+"""
+
+from rewards.extract import STYLES, Extraction, extract
+from rewards.match import MATCHERS
+from rewards.reasons import CannotJudge
+from rewards.verdict import Outcome, Verdict, verify
+
+__all__ = [
+    "MATCHERS",
+    "STYLES",
+    "CannotJudge",
+    "Extraction",
+    "Outcome",
+    "Verdict",
+    "extract",
+    "verify",
+]
