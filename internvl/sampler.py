@@ -1,0 +1,249 @@
+"""Sampling completions from an InternVL: what a sampler is, and which one to open.
+
+    SampleRequest(question, images, seed)  --sample-->  [Completion(text, token_ids, logprobs)] * n
+    trainer's named parameters  --update_weights-->  the next completions come from them
+
+Two samplers do the same: vLLM (internvl.vllm_sampler) and plain transformers
+(internvl.hf_sampler: slower on large models, runs everywhere). Both are given the pixels and the
+prompt of internvl.chat, both never sample an image token, and both report the log-probability of
+each sampled token under the distribution that it was drawn from, so that with top-p and top-k off
+it equals what the trainer computes from the same weights, the same temperature and the same mask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from internvl.data import IMAGE_PLACEHOLDER
+from internvl.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+Backend = Literal["auto", "vllm", "transformers"]
+MAX_SAMPLES = 1 << 16  # of one request: their seeds are consecutive, see `first_seed`
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One question to answer.
+
+    question: with one "<image>" for each of `images` (RGB). seed: makes this request's samples
+    repeatable, whatever else is in the batch.
+    """
+
+    question: str
+    images: tuple[Image.Image, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How to sample; raises `UserError` for values that cannot be honoured.
+
+    n: completions a request. temperature: 0 takes the likeliest token (then n must be 1, and
+    log-probabilities are those of temperature 1). top_p = 1 and top_k = 0: off. max_tokens: limit
+    of a completion. max_tiles: tile budget of a whole prompt, thumbnails not counted.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 1024
+    max_tiles: int = 12
+
+    def __post_init__(self) -> None:
+        faults = [
+            (not 1 <= self.n <= MAX_SAMPLES, f"n is {self.n}, give 1 to {MAX_SAMPLES}"),
+            (self.temperature < 0, f"temperature is {self.temperature}, give 0 or more"),
+            (
+                self.temperature == 0 and self.n > 1,
+                f"temperature 0 with n = {self.n}: all {self.n} samples would be the same; "
+                "give n = 1 or a temperature above 0",
+            ),
+            (
+                0 < self.temperature < 0.01,
+                f"temperature is {self.temperature}, give 0 (greedy) or at least 0.01",
+            ),
+            (not 0 < self.top_p <= 1, f"top_p is {self.top_p}, give a number in (0, 1]"),
+            (self.top_k < 0, f"top_k is {self.top_k}, give 0 (off) or more"),
+            (self.max_tokens < 1, f"max_tokens is {self.max_tokens}, give 1 or more"),
+            (self.max_tiles < 1, f"max_tiles is {self.max_tiles}, give 1 or more"),
+        ]
+        for wrong, message in faults:
+            if wrong:
+                raise UserError(message)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion.
+
+    text: decoded without special tokens. token_ids: with the end-of-turn id as the last one when
+    it was sampled (finish_reason "stop"), without it when the limit cut the completion
+    ("length"). logprobs: of each token of token_ids, after temperature, top-k, top-p and mask.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: Literal["stop", "length"]
+
+
+class Sampler(Protocol):
+    """A model ready to be sampled from; its weights can be replaced between calls."""
+
+    name: str
+
+    def sample(
+        self, requests: Sequence[SampleRequest], config: SamplingConfig, progress: bool = False
+    ) -> list[list[Completion]]:
+        """Return `config.n` completions for each request, in the order of the requests.
+
+        The same request (seed included) gives the same completions in any batch; in float32 on a
+        CPU this is exact with vLLM, and holds up to rounding with transformers, where the
+        padding depends on the batch. torch's global generator is left as it was. Raises
+        `DataError` for a request whose images and placeholders differ in number, or that does
+        not fit into the model's context.
+        """
+        ...
+
+    def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over all weights, by the names of transformers' `named_parameters()`.
+
+        Raises `UserError` when a name is missing, unknown or of another shape.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give memory back; the sampler cannot be used afterwards."""
+        ...
+
+
+def open_sampler(
+    model: str | Path,
+    *,
+    backend: Backend = "auto",
+    seed: int = 0,
+    max_model_len: int | None = None,
+    max_num_seqs: int = 256,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    gpu_memory_utilization: float | None = None,
+) -> Sampler:
+    """Open a checkpoint folder (HF-native layout) for sampling.
+
+    backend: "auto" is vLLM where it can be imported, else transformers, and a line says so.
+    seed: mixed into the seed of every request. max_model_len: tokens of prompt and completion
+    together (None: what the model allows). max_num_seqs: completions decoded at a time.
+    dtype: "auto" is float32 on a CPU and bfloat16 on a GPU. gpu_memory_utilization: share of the
+    GPU that vLLM may fill, weights included (None: vLLM's own default).
+    """
+    if backend not in ("auto", "vllm", "transformers"):
+        raise UserError(f"backend {backend!r} is not one of auto, vllm, transformers")
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"dtype {dtype!r} is not one of auto, float32, bfloat16")
+    if max_num_seqs < 1:
+        raise UserError(f"max_num_seqs is {max_num_seqs}, give 1 or more")
+    if backend == "auto":
+        backend = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+        if backend == "transformers":
+            print("vLLM is not installed: sampling with transformers, slower", file=sys.stderr)
+    folder = Path(model)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json there; expected an InternVL checkpoint folder")
+    if backend == "vllm":
+        from internvl.vllm_sampler import VLLMSampler
+
+        return VLLMSampler(
+            folder,
+            seed=seed,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            dtype=dtype,
+            gpu_memory_utilization=gpu_memory_utilization,
+        )
+    if gpu_memory_utilization is not None:
+        raise UserError("gpu_memory_utilization is an option of vLLM; transformers has none")
+    from internvl.hf_sampler import TransformersSampler
+
+    return TransformersSampler(
+        folder, seed=seed, max_model_len=max_model_len, max_num_seqs=max_num_seqs, dtype=dtype
+    )
+
+
+# ---------------------------------------------------------------- what both samplers share
+
+
+def first_seed(sampler_seed: int, request_seed: int) -> int:
+    """The seed of a request's first sample; sample j has this + j.
+
+    Hashed and spaced by 2^16, so that the samples of neighbouring request seeds never share a
+    random stream (vLLM adds j to the seed that it is given: seeds 0 and 1 would overlap).
+    """
+    digest = hashlib.sha256(f"{sampler_seed} {request_seed}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") * MAX_SAMPLES
+
+
+def check_request(request: SampleRequest) -> None:
+    """Raise `DataError` unless the question has one placeholder for each image."""
+    placeholders = request.question.count(IMAGE_PLACEHOLDER)
+    if placeholders != len(request.images):
+        raise DataError(
+            f"{len(request.images)} image(s) but {placeholders} {IMAGE_PLACEHOLDER} placeholder(s) "
+            f"in the question {request.question!r}"
+        )
+
+
+def too_long(request: SampleRequest, length: int, limit: int) -> DataError:
+    """The error for a prompt that leaves no room for a completion."""
+    return DataError(
+        f"the prompt of {request.question!r} has {length} tokens, and max_model_len is {limit}: "
+        "no room for a completion. Lower max_tiles or raise max_model_len"
+    )
+
+
+def matching(
+    named: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass weights through one by one; raise `UserError` unless they are exactly `shapes`'s."""
+    missing = set(shapes)
+    for name, tensor in named:
+        if name not in shapes:
+            raise UserError(f"the sampler's model has no weight {name!r}")
+        if tuple(tensor.shape) != tuple(shapes[name]):
+            raise UserError(
+                f"weight {name!r} is {tuple(tensor.shape)}, "
+                f"the sampler's model has {tuple(shapes[name])}"
+            )
+        missing.discard(name)
+        yield name, tensor
+    if missing:
+        shown = ", ".join(sorted(missing)[:5])
+        raise UserError(f"{len(missing)} weights were not handed to the sampler: {shown}, ...")
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave torch's, numpy's and Python's global generators as they were: the trainer owns them."""
+    import random
+
+    import numpy as np
+    import torch
+
+    # vLLM seeds all three when it starts, so this must know them all
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

@@ -1,0 +1,240 @@
+"""Sampling with vLLM, inside the training process; the only file that imports vllm.
+
+What vLLM 0.31 needs to be exact, each found by a measurement:
+- log-probabilities after the mask and the temperature: `logprobs_mode="processed_logprobs"`;
+- prompts with ONE placeholder an image: ids that are already expanded are expanded again;
+- new weights through `reload_weights` (on a CPU the linear weights are packed away after loading,
+  and `load_weights` alone would fail), then three caches emptied: a prefix, an image or an image
+  feature of the old weights must not be used again. A tied lm_head is not refreshed on a CPU;
+- on a CPU, no chunked prefill: a request with its own seed that is cut in two dies with "CPU
+  Generator does not use offset".
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections import deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from internvl.chat import (
+    encode_text,
+    eos_token_id,
+    forbidden_token_ids,
+    load_processor,
+    render_prompt,
+    tile_settings,
+)
+from internvl.errors import UserError
+from internvl.sampler import (
+    Completion,
+    SampleRequest,
+    SamplingConfig,
+    check_request,
+    first_seed,
+    matching,
+    random_state_kept,
+    too_long,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Read by vLLM when it is imported. The engine must live in this process (weights are handed over
+# as tensors); the others are defaults that the user's environment may override.
+FORCED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+DEFAULTS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+MASK = -1e9  # added to the logit of a forbidden token
+PREFILL_TOKENS = 4096  # prompt tokens a step, or one whole prompt where that is longer
+
+
+class VLLMSampler:
+    """vLLM on one device, in this process; see `internvl.sampler.Sampler`."""
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        seed: int,
+        max_model_len: int | None,
+        max_num_seqs: int,
+        dtype: str,
+        gpu_memory_utilization: float | None,
+    ):
+        self._seed = seed
+        self._max_num_seqs = max_num_seqs
+        self._processor = load_processor(str(model))
+        self._eos = eos_token_id(self._processor)
+        self._forbidden = forbidden_token_ids(self._processor)
+        self._shapes, self._tied, context = _describe(model)
+        self._max_model_len = max_model_len or context
+        self._next_id = 0
+        options: dict[str, Any] = {
+            "model": str(model),
+            "seed": seed,
+            "max_model_len": self._max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "dtype": dtype,
+        }
+        if gpu_memory_utilization is not None:
+            options["gpu_memory_utilization"] = gpu_memory_utilization
+        with random_state_kept():
+            self._llm, self._on_cpu, self._owns_group = _start(options)
+
+    def sample(
+        self, requests: Sequence[SampleRequest], config: SamplingConfig, progress: bool = False
+    ) -> list[list[Completion]]:
+        """See `internvl.sampler.Sampler.sample`."""
+        from tqdm import tqdm
+
+        for request in requests:
+            check_request(request)
+        # Enough waiting requests to keep the engine full, and no more: each holds its pixels.
+        in_flight = -(-2 * self._max_num_seqs // config.n)
+        engine = self._llm.llm_engine
+        waiting, running = deque(enumerate(requests)), dict[str, int]()
+        results: list[list[Completion]] = [[] for _ in requests]
+        bar = tqdm(total=len(requests), desc="sampling", unit="question", disable=not progress)
+        try:
+            with random_state_kept(), bar:
+                while waiting or running:
+                    while waiting and len(running) < in_flight:
+                        index, request = waiting.popleft()
+                        running[self._enqueue(request, config)] = index
+                    for output in engine.step():
+                        if output.finished:
+                            results[running.pop(output.request_id)] = self._completions(output)
+                            bar.update()
+        finally:
+            if running:  # an error or an interrupt: what is left must not run into the next call
+                engine.abort_request(list(running))
+        return results
+
+    def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """See `internvl.sampler.Sampler.update_weights`."""
+        if self._tied and self._on_cpu:
+            raise UserError(
+                "vLLM on a CPU does not refresh a tied lm_head: samples would come from old "
+                "weights. Use the transformers backend, or a model with tie_word_embeddings=False"
+            )
+        weights = ((name, tensor.detach()) for name, tensor in named_parameters)
+        iterator = matching(weights, self._shapes)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
+        self._llm.reset_prefix_cache()
+        self._llm.llm_engine.reset_mm_cache()
+        self._llm.llm_engine.reset_encoder_cache()
+
+    def close(self) -> None:
+        """See `internvl.sampler.Sampler.close`."""
+        from vllm.distributed import parallel_state
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        parallel_state.destroy_model_parallel()
+        if self._owns_group:
+            parallel_state.destroy_distributed_environment()
+        gc.collect()
+
+    def _enqueue(self, request: SampleRequest, config: SamplingConfig) -> str:
+        """Hand one request to the engine; returns its id."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self._llm.llm_engine
+        text = render_prompt(self._processor, request.question)
+        prompt: dict[str, Any] = {"prompt_token_ids": encode_text(self._processor, text)}
+        if request.images:
+            prompt["multi_modal_data"] = {"image": list(request.images)}
+            prompt["mm_processor_kwargs"] = tile_settings(len(request.images), config.max_tiles)
+        (rendered,) = engine.renderer.render_cmpl([prompt])
+        length = len(rendered["prompt_token_ids"])
+        if length >= self._max_model_len:
+            raise too_long(request, length, self._max_model_len)
+        params = SamplingParams(
+            n=config.n,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            max_tokens=config.max_tokens,
+            seed=first_seed(self._seed, request.seed),
+            stop_token_ids=[self._eos],
+            logit_bias=dict.fromkeys(self._forbidden, MASK),
+            logprobs=0,  # of the sampled token only
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._next_id += 1
+        request_id = str(self._next_id)
+        engine.add_request(request_id, rendered, params)
+        return request_id
+
+    def _completions(self, output: Any) -> list[Completion]:
+        """The engine's answer to one request as our records."""
+        token_ids = [tuple(sample.token_ids) for sample in output.outputs]
+        texts = self._processor.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        return [
+            Completion(text, ids, tuple(sample.logprobs.logprobs), sample.finish_reason)
+            for text, ids, sample in zip(texts, token_ids, output.outputs, strict=True)
+        ]
+
+
+def _describe(model: Path) -> tuple[dict[str, tuple[int, ...]], bool, int]:
+    """Names and shapes of transformers' parameters, whether lm_head is tied, and the context."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(str(model))
+    with torch.device("meta"):
+        skeleton = AutoModelForImageTextToText.from_config(config)
+    shapes = {name: tuple(weight.shape) for name, weight in skeleton.named_parameters()}
+    return shapes, "lm_head.weight" not in shapes, config.text_config.max_position_embeddings
+
+
+def _start(options: dict[str, Any]) -> tuple[Any, bool, bool]:
+    """Start the engine; returns it, whether it runs on a CPU, and whether it made a group."""
+    import torch
+
+    os.environ.update(FORCED)
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    try:
+        from vllm import LLM
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise UserError(
+            f"vLLM cannot be imported: {error}. Install it, or use the transformers backend"
+        ) from None
+    on_cpu = current_platform.is_cpu()
+    if options["dtype"] == "auto":
+        options["dtype"] = "float32" if on_cpu else "bfloat16"
+    if on_cpu:
+        if "gpu_memory_utilization" in options:
+            raise UserError(
+                "gpu_memory_utilization was given, but vLLM runs on a CPU here: "
+                "set VLLM_CPU_KVCACHE_SPACE (GiB) instead"
+            )
+        options["enable_chunked_prefill"] = False
+        options["enforce_eager"] = True
+        options["max_num_batched_tokens"] = max(PREFILL_TOKENS, options["max_model_len"])
+    had_group = torch.distributed.is_initialized()
+    set_num_threads = torch.set_num_threads
+    llm = LLM(
+        **options,
+        generation_config="vllm",  # not the checkpoint's: all sampling options come from us
+        logprobs_mode="processed_logprobs",
+        enable_prefix_caching=True,
+        limit_mm_per_prompt={"video": 0},
+        use_tqdm_on_load=False,
+    )
+    # vLLM on a CPU replaces this function by one that does nothing, for the whole process.
+    torch.set_num_threads = set_num_threads
+    return llm, on_cpu, not had_group
