@@ -8,7 +8,7 @@ name that does not match is an error, and what was loaded can be compared with w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -78,3 +78,31 @@ def folder_checksum(path: str | Path) -> str:
             while block := data.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def full_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A model's parameters by transformers' names, one at a time, LoRA merged in passing.
+
+    The model itself is not changed: merging in place and back would round the base weights.
+    """
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(model, PeftModel):
+        yield from model.named_parameters()
+        return
+    base = model.get_base_model()
+    adapted = {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
+    for name, parameter in base.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if ".lora_" in f".{name}":
+            continue
+        layer = adapted.get(owner.removesuffix(".base_layer"))
+        if layer is None or not owner.endswith(".base_layer"):
+            yield name, parameter
+            continue
+        weight = parameter.detach()
+        if leaf == "weight":
+            for adapter in layer.active_adapters:
+                weight = weight + layer.get_delta_weight(adapter)
+        yield f"{owner.removesuffix('.base_layer')}.{leaf}", weight

@@ -169,9 +169,9 @@ def find_fault(row: object, kind: Kind) -> str | None:
     if not isinstance(row, dict):
         return f"the line is a JSON {type(row).__name__}, expected an object"
     image = row.get("image")
-    if image is not None and not isinstance(image, str):
-        if not isinstance(image, list) or not all(isinstance(name, str) for name in image):
-            return "field 'image' is neither a path nor a list of paths"
+    listed = isinstance(image, list) and all(isinstance(name, str) for name in image)
+    if not (image is None or isinstance(image, str) or listed):
+        return "field 'image' is neither a path nor a list of paths"
     if fault := _FAULTS[kind](row):
         return fault
     images = 0 if image is None else 1 if isinstance(image, str) else len(image)

@@ -121,7 +121,7 @@ class Encoder:
         visual = 0
         for path in row.image_paths():
             image = load_image(path)
-            tiles = self.processor.image_processor.get_number_of_image_patches(  # type: ignore[union-attr]
+            tiles = self.processor.image_processor.get_number_of_image_patches(
                 image.height, image.width, settings
             )
             # the placeholder itself was counted as text; <img> and </img> are added

@@ -127,9 +127,8 @@ class SFTTrainer(PackedTrainer):
         """The adaptive schedule where a stop by probability was asked for, else transformers'."""
         if self._schedule is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, self._schedule
-            )
-            self._created_lr_scheduler = True
+        self.lr_scheduler: Any = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.optimizer, self._schedule
+        )
+        self._created_lr_scheduler: bool = True
         return self.lr_scheduler

@@ -61,9 +61,6 @@ class PackedTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "False, so that a NaN loss is seen."}
     )
     bf16: bool = field(default=False, metadata={"help": "Autocast to bfloat16."})
-    report_to: str | list[str] | None = field(
-        default="none", metadata={"help": "Trackers, as in transformers; by default none."}
-    )
     save_only_model: bool = field(
         default=False, metadata={"help": "True keeps checkpoints that cannot be resumed."}
     )

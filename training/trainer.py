@@ -83,15 +83,15 @@ class PackedTrainer(Trainer):
             raise UserError(
                 "nn.DataParallel is not supported: start one process a GPU with accelerate launch"
             )
-        adopt(model)
-        model.config.use_cache = False
+        internvl = adopt(model)
+        internvl.config.use_cache = False
         if args.freeze_vision:
-            model.model.vision_tower.requires_grad_(False)
-            model.model.multi_modal_projector.requires_grad_(False)
+            internvl.model.vision_tower.requires_grad_(False)
+            internvl.model.multi_modal_projector.requires_grad_(False)
         if peft_config is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)
+            model = get_peft_model(internvl, peft_config)
         self._metrics = Metrics()
         super().__init__(
             model=model,
@@ -139,7 +139,7 @@ class PackedTrainer(Trainer):
         assert isinstance(self.args, PackedTrainingArguments)
         return self.args
 
-    def _step_loader(self, rows: Sequence[Any], batch_size: int, shuffle: bool) -> StepLoader:
+    def _step_loader(self, rows: Any, batch_size: int, shuffle: bool) -> StepLoader:
         sampler = StepSampler(
             len(rows),
             batch_size,
@@ -149,7 +149,7 @@ class PackedTrainer(Trainer):
             shuffle=shuffle,
         )
         return StepLoader(
-            rows,  # type: ignore[arg-type]
+            rows,
             batch_sampler=sampler,
             collate_fn=self.collator,
             num_workers=self.args.dataloader_num_workers,
@@ -185,12 +185,12 @@ class PackedTrainer(Trainer):
 
     def _microbatches(self, step: StepBatch) -> Iterable[tuple[PackedBatch, bool]]:
         """This rank's micro-batches and, after them, fillers up to the slowest rank's number."""
-        number = len(step.microbatches)
+        number = max(1, len(step.microbatches))  # an empty step still moves Adam's moments
         if self.args.world_size > 1:
             most = torch.tensor(number, device=self.args.device)
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
             number = int(most)
-        size: Any = self.processing_class.image_processor.size  # type: ignore[union-attr]
+        size: Any = self.processing_class.image_processor.size
         shape = torch.Size([3, size["height"], size["width"]])
         for index in range(number):
             if index < len(step.microbatches):
@@ -269,7 +269,7 @@ class PackedTrainer(Trainer):
             metrics.ratio("loss", total * weight, weight / self.args.world_size)
         metrics.reduce(self.args.device)
         values = {f"{metric_key_prefix}_{name}": v for name, v in metrics.values().items()}
-        return EvalLoopOutput(None, None, values, samples)  # type: ignore[arg-type]
+        return EvalLoopOutput(None, None, values, samples)
 
     # ---- checkpoints ----
 

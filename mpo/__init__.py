@@ -1,0 +1,1 @@
+"""Mixed preference optimisation: DPO + BCO + SFT on preference pairs (arXiv 2411.10442)."""

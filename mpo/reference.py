@@ -1,0 +1,88 @@
+"""The reference's log-probabilities: one pass over the pairs, then a file.
+
+The reference is the model that the stage starts from (the previous stage's), and never changes,
+so its log-probabilities are computed once, before the first step, and read from then on: no second
+model in memory, no second forward a step. The file names what it was computed from (weights,
+pairs, image bytes, tiling) and is computed anew when any of it differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch import distributed as dist
+from tqdm import tqdm
+
+from internvl.data import Row
+from internvl.packing import Example, PackedBatch
+from training.batches import StepCollator
+
+Score = Callable[[PackedBatch], Tensor]
+
+
+def reference_key(weights: str, rows: Sequence[Row], settings: dict[str, object]) -> str:
+    """SHA-256 of everything that the log-probabilities depend on.
+
+    weights: checksum of the reference's weights. settings: tiling, dtype and the like.
+    """
+    digest = hashlib.sha256(json.dumps([weights, settings], sort_keys=True).encode())
+    for row in rows:
+        fields = [row.data.get(name) for name in ("question", "system", "chosen", "rejected")]
+        digest.update(json.dumps(fields, ensure_ascii=False).encode())
+        for path in row.image_paths():
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def load_reference(path: Path, key: str) -> Tensor | None:
+    """The cached [rows, 2] log-probabilities, or None where there are none of this key."""
+    if not path.is_file():
+        return None
+    with safe_open(str(path), "pt") as file:
+        if (file.metadata() or {}).get("key") != key:
+            return None
+        return file.get_tensor("ref_logps")
+
+
+def compute_reference(
+    rows: Sequence[Row],
+    collator: StepCollator,
+    score: Score,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    quiet: bool,
+) -> Tensor:
+    """One pass over all pairs: [rows, 2], the sums for chosen and rejected, float32 on the CPU.
+
+    score: a micro-batch (on the CPU) to its [C] sums under the reference. The ranks share the
+    rows out and every one receives all of the result.
+    """
+    out = torch.zeros(len(rows), 2)
+    starts = range(rank * batch_size, len(rows), batch_size * world_size)
+    for start in tqdm(starts, desc="reference log-probs", unit="batch", disable=quiet):
+        examples: list[Example] = [collator.encode(row) for row in rows[start : start + batch_size]]
+        for batch in collator.batch(examples).microbatches:
+            out[start + batch.example_index] = score(batch).cpu().view(-1, 2)
+    if world_size > 1:
+        shared = out.to(device)
+        dist.all_reduce(shared)
+        out = shared.cpu()
+    return out
+
+
+def save_reference(path: Path, key: str, values: Tensor) -> None:
+    """Write the log-probabilities with their key, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file({"ref_logps": values}, partial, metadata={"key": key})
+    partial.replace(path)

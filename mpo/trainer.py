@@ -1,0 +1,200 @@
+"""The MPO stage on PackedTrainer: a pair is one prompt with two completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import InternVLProcessor
+
+from internvl.checkpoint import checksum
+from internvl.data import Row
+from internvl.encoding import Encoder
+from internvl.logprobs import TokenScores
+from internvl.packing import Example, PackedBatch
+from mpo.config import MPOConfig
+from mpo.losses import RewardShift, mpo_loss, pair_terms
+from mpo.reference import compute_reference, load_reference, reference_key, save_reference
+from training.batches import StepCollator
+from training.metrics import Metrics, sum_over_ranks
+from training.trainer import PackedTrainer
+
+FIRST_LOSS_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """A pair's row with the reference's log-probabilities of its two completions."""
+
+    row: Row
+    ref_chosen_logps: float
+    ref_rejected_logps: float
+
+
+class MPOTrainer(PackedTrainer):
+    """Mixed preference optimisation of InternVL on rows of kind "pair".
+
+    The model as it is given is the reference; its log-probabilities are computed once, before the
+    first step (and before a checkpoint is loaded on resume), and kept in output_dir.
+    """
+
+    completion_value_names = ("ref_logps",)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: MPOConfig,
+        train_dataset: Sequence[Row],
+        processing_class: InternVLProcessor,
+        *,
+        encoder: Encoder,
+        eval_dataset: Sequence[Row] | None = None,
+        **kwargs: Any,
+    ):
+        self.encoder = encoder
+        self.shift = RewardShift()
+        self._step_rewards = {"total": 0.0, "count": 0.0}
+        self._announced = False
+        super().__init__(model, args, train_dataset, processing_class, **kwargs)
+        self._weights = args.weights
+        self.train_dataset: Any = self._with_reference(train_dataset, "train")
+        if eval_dataset is not None:
+            self.eval_dataset: Any = self._with_reference(eval_dataset, "eval")
+
+    @property
+    def mpo_args(self) -> MPOConfig:
+        """The options, with our type."""
+        assert isinstance(self.args, MPOConfig)
+        return self.args
+
+    # ---- the reference ----
+
+    @torch.no_grad()
+    def _with_reference(self, rows: Sequence[Row], name: str) -> list[ScoredPair]:
+        """The rows with the reference's log-probabilities, from the cache or by one pass."""
+        model = self.accelerator.unwrap_model(self.model)
+        settings: dict[str, object] = {
+            "max_tiles": self.encoder.max_tiles,
+            "dtype": str(next(model.parameters()).dtype),
+            "bf16": self.args.bf16,
+            "template": str(self.encoder.processor.chat_template),
+        }
+        key = reference_key(checksum(model.state_dict().items()), rows, settings)
+        path = Path(self.args.output_dir or "") / f"reference-{name}.safetensors"
+        values = load_reference(path, key)
+        if values is None:
+            model.eval()
+            values = compute_reference(
+                rows,
+                StepCollator(
+                    self.encoder.pair,
+                    lambda examples: {"examples": float(len(examples))},
+                    self.mpo_args.max_tokens_per_microbatch,
+                    self.mpo_args.max_tiles_per_microbatch,
+                ),
+                lambda batch: self._completion_logps(model, batch),
+                batch_size=self.mpo_args.reference_batch_size,
+                rank=self.args.process_index,
+                world_size=self.args.world_size,
+                device=self.args.device,
+                quiet=bool(self.args.disable_tqdm) or not self.is_world_process_zero(),
+            )
+            if self.is_world_process_zero():
+                save_reference(path, key, values)
+        pairs = zip(rows, values.tolist(), strict=True)
+        return [ScoredPair(row, chosen, rejected) for row, (chosen, rejected) in pairs]
+
+    def _completion_logps(self, model: nn.Module, batch: PackedBatch) -> Tensor:
+        with self.compute_loss_context_manager():
+            batch = batch.on(self.args.device)
+            return batch.sum_by_completion(self.score(model, batch).logprobs)
+
+    # ---- what PackedTrainer asks for ----
+
+    def encode(self, row: ScoredPair) -> Example:
+        """A pair as one prompt with two completions and their reference log-probabilities."""
+        example = self.encoder.pair(row.row)
+        example.completion_values["ref_logps"] = [row.ref_chosen_logps, row.ref_rejected_logps]
+        return example
+
+    def count(self, examples: Sequence[Example]) -> dict[str, float]:
+        """The number of pairs."""
+        return {"examples": float(len(examples))}
+
+    def loss(
+        self, scores: TokenScores, batch: PackedBatch, counts: dict[str, float]
+    ) -> tuple[Tensor, Metrics]:
+        """w_p L_p + w_q L_q + w_g L_g over the step's pairs."""
+        logps = batch.sum_by_completion(scores.logprobs)
+        ref_logps = batch.completion_values["ref_logps"].to(logps.dtype)
+        chosen, rejected = slice(0, None, 2), slice(1, None, 2)
+        terms = pair_terms(
+            logps[chosen],
+            logps[rejected],
+            ref_logps[chosen],
+            ref_logps[rejected],
+            batch.lengths[chosen],
+            beta=self.mpo_args.beta,
+            delta=self.shift.delta,
+        )
+        if torch.is_grad_enabled():
+            rewards = torch.cat([terms.chosen_rewards, terms.rejected_rewards])
+            self._step_rewards["total"] += float(rewards.double().sum())
+            self._step_rewards["count"] += len(rewards)
+        metrics = Metrics()
+        metrics.mean("loss/dpo", terms.preference)
+        metrics.mean("loss/bco", terms.quality)
+        metrics.mean("loss/sft", terms.generation)
+        metrics.mean("rewards/chosen", terms.chosen_rewards)
+        metrics.mean("rewards/rejected", terms.rejected_rewards)
+        metrics.mean("rewards/margins", terms.chosen_rewards - terms.rejected_rewards)
+        right = (terms.chosen_rewards > terms.rejected_rewards).float()
+        metrics.mean("rewards/accuracies", right)
+        metrics.mean("logps/chosen", logps[chosen])
+        metrics.mean("logps/rejected", logps[rejected])
+        metrics.ratio("bco/delta", self.shift.delta * len(right), len(right))
+        return mpo_loss(terms, self._weights, counts["examples"]), metrics
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """PackedTrainer's step; then delta takes the step's rewards in, once."""
+        self._step_rewards = {"total": 0.0, "count": 0.0}
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.shift.update(**sum_over_ranks(self._step_rewards, self.args.device))
+        if self.state.global_step == 0 and not self._announced:
+            self._announce(float(loss))
+        return loss
+
+    def _announce(self, loss: float) -> None:
+        """Print the first loss beside what it must be while policy = reference."""
+        self._announced = True
+        so_far = Metrics()
+        so_far.merge(self._metrics)
+        so_far.reduce(self.args.device)
+        nll = so_far.values()["loss/sft"]
+        expected = self._weights.first_loss(nll)
+        if not self.is_world_process_zero():
+            return
+        w = self._weights
+        print(
+            f"first loss {loss:.6f}, expected {expected:.6f} = {w.preference:g} ln2 + "
+            f"{w.quality:g} * 2 ln2 + {w.generation:g} * nll, nll {nll:.6f}"
+        )
+        if abs(loss - expected) > FIRST_LOSS_TOLERANCE:
+            print(
+                f"WARNING: the first loss is off by {loss - expected:+.6f}: policy and reference "
+                "differ before the first step (dropout, another image path, stale reference?)"
+            )
+
+    def stage_state(self) -> dict[str, Any]:
+        """delta's sum and count."""
+        return {"reward_total": self.shift.total, "reward_count": self.shift.count}
+
+    def load_stage_state(self, state: dict[str, Any]) -> None:
+        """Restore delta."""
+        self.shift = RewardShift(state["reward_total"], state["reward_count"])

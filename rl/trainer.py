@@ -1,0 +1,255 @@
+"""The online stage on PackedTrainer: GSPO over rollouts made one step ahead of their use.
+
+    every `steps_per_generation` optimizer steps:
+        weights -> sampler -> rollout batch (groups) -> old log-probs -> that many StepBatches
+
+One StepBatch is handed out for one optimizer step, made only when it is asked for; the loader does
+not pass through accelerate, which would read one ahead and sample from stale weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import InternVLProcessor
+
+from internvl.chat import forbidden_token_ids
+from internvl.checkpoint import full_weights
+from internvl.data import Row, append_jsonl, dump_line
+from internvl.encoding import Encoder
+from internvl.errors import UserError
+from internvl.logprobs import TokenScores
+from internvl.packing import Example, PackedBatch
+from internvl.sampler import Sampler, SamplingConfig
+from rl.config import RLConfig
+from rl.losses import gspo_loss, gspo_terms, sequence_ratios
+from rl.rollouts import Group, RolloutMaker, RolloutSettings
+from training.batches import STEP_BATCH, StepBatch
+from training.metrics import Metrics
+from training.trainer import PackedTrainer
+
+
+class RolloutLoader:
+    """What Trainer iterates over: the next StepBatch, made when it is asked for."""
+
+    def __init__(self, trainer: RLTrainer):
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[dict[str, StepBatch]]:
+        while True:
+            yield {STEP_BATCH: self.trainer.next_step()}
+
+
+class RLTrainer(PackedTrainer):
+    """GSPO for InternVL on rows of kind "question".
+
+    sampler: draws the rollouts; it is given the policy's weights before each rollout batch.
+    """
+
+    completion_value_names = ("advantages",)
+    token_value_names = ("sampler_logprobs", "old_logprobs")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: RLConfig,
+        train_dataset: Sequence[Row],
+        processing_class: InternVLProcessor,
+        *,
+        encoder: Encoder,
+        sampler: Sampler,
+        **kwargs: Any,
+    ):
+        self.encoder = encoder
+        self.sampler = sampler
+        self.rows = train_dataset
+        self._forbidden = forbidden_token_ids(processing_class)
+        self._pending: list[list[Group]] = []  # one entry an optimizer step, this rank's groups
+        self._next_batch = 0
+        self._synced_at: int | None = None
+        super().__init__(model, args, train_dataset, processing_class, **kwargs)
+        settings = RolloutSettings(
+            sampling=SamplingConfig(
+                n=args.num_generations,
+                temperature=args.temperature,
+                max_tokens=args.max_completion_length,
+                max_tiles=args.max_tiles,
+            ),
+            questions=args.per_device_train_batch_size * args.steps_per_generation,
+            seed=args.seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            scale_rewards=args.scale_rewards,
+            format_weight=args.format_weight,
+        )
+        self.maker = RolloutMaker(train_dataset, sampler, settings)
+
+    @property
+    def rl_args(self) -> RLConfig:
+        """The options, with our type."""
+        assert isinstance(self.args, RLConfig)
+        return self.args
+
+    # ---- rollouts ----
+
+    def get_train_dataloader(self) -> Any:
+        """The rollout stream; not passed through accelerate (see the module's docstring)."""
+        return RolloutLoader(self)
+
+    def next_step(self) -> StepBatch:
+        """The next optimizer step's groups of this rank, sampled now if none are left."""
+        if not self._pending:
+            self._roll_out()
+        return self._step_batch(self._pending.pop(0))
+
+    def sync_weights(self) -> None:
+        """Give the sampler the policy's weights, unless it has this version."""
+        if self._synced_at != self.state.global_step:
+            model = self.accelerator.unwrap_model(self.model)
+            self.sampler.update_weights(full_weights(model))
+            self._synced_at = self.state.global_step
+
+    def _roll_out(self) -> None:
+        self.sync_weights()
+        groups = self.maker.make(self._next_batch, weight_version=self.state.global_step)
+        self._next_batch += 1
+        size = self.args.per_device_train_batch_size
+        self._pending = [groups[start : start + size] for start in range(0, len(groups), size)]
+        # the first step's old log-probs are those of its own forward: the weights are the same
+        for later in self._pending[1:]:
+            self._add_old_logprobs(later)
+        self._log_rollouts(groups)
+
+    def _log_rollouts(self, groups: Sequence[Group]) -> None:
+        metrics = self._metrics
+        judged = [r for group in groups for r in group.rewards if r is not None]
+        completions = [len(ids) for group in groups for ids in group.completions]
+        outcomes = [outcome for group in groups for outcome in group.outcomes]
+        correct = [outcome == "correct" for outcome in outcomes]
+        metrics.mean("reward", torch.tensor(judged))
+        spread = [torch.tensor([r for r in g.rewards if r is not None]).std() for g in groups]
+        metrics.mean("reward_std", torch.stack(spread).nan_to_num())
+        flat = [float(not group.spread) for group in groups]
+        metrics.mean("frac_reward_zero_std", torch.tensor(flat))
+        metrics.mean("rewards/accuracy/mean", torch.tensor(correct, dtype=torch.float))
+        formats = [float(ok) for group in groups for ok in group.formats]
+        metrics.mean("rewards/format/mean", torch.tensor(formats))
+        metrics.mean("completions/mean_length", torch.tensor(completions, dtype=torch.float))
+        clipped = [float(cut) for group in groups for cut in group.clipped]
+        metrics.mean("completions/clipped_ratio", torch.tensor(clipped))
+        unjudged = len(outcomes) - len(judged)
+        metrics.ratio("rewards/not_judged", unjudged, len(outcomes))
+        if self.rl_args.log_completions:
+            folder = Path(self.args.output_dir or "") / "rollouts"
+            with append_jsonl(folder / f"rank{self.args.process_index}.jsonl") as out:
+                for group in groups:
+                    record = {"step": self.state.global_step, **group.to_json()}
+                    record["question"] = self.rows[group.question].data["id"]
+                    out.write(dump_line(record))
+
+    # ---- groups to steps ----
+
+    def encode(self, row: Group) -> Example:
+        """A group as one prompt with G completions."""
+        example = self.encoder.completions(self.rows[row.question], row.completions)
+        example.completion_values["advantages"] = row.advantages
+        example.token_values["sampler_logprobs"] = row.sampler_logprobs
+        # NaN stands for "this step's own forward"; every group of a step is alike in it
+        missing = [[float("nan")] * len(ids) for ids in row.completions]
+        example.token_values["old_logprobs"] = row.old_logprobs or missing
+        return example
+
+    def count(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Groups and completions."""
+        sequences = sum(len(example.completions) for example in examples)
+        return {"examples": float(len(examples)), "sequences": float(sequences)}
+
+    def _step_batch(self, groups: Sequence[Group]) -> StepBatch:
+        """Pack the groups that carry a gradient; the others are counted, and cost nothing."""
+        batch = self.collator.batch([self.encode(group) for group in groups if group.spread])
+        sequences = sum(len(group.completions) for group in groups)
+        batch.counts = {"examples": float(len(groups)), "sequences": float(sequences)}
+        return batch
+
+    @torch.no_grad()
+    def _add_old_logprobs(self, groups: Sequence[Group]) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        kept = [group for group in groups if group.spread]
+        for batch in self.collator.batch([self.encode(group) for group in kept]).microbatches:
+            with self.compute_loss_context_manager():
+                logprobs = self.score(model, batch).logprobs.cpu()
+            by_completion = logprobs.split(batch.lengths.tolist())
+            first = 0
+            for index in batch.example_index.tolist():
+                size = len(kept[index].completions)
+                parts = by_completion[first : first + size]
+                kept[index].old_logprobs = [part.tolist() for part in parts]
+                first += size
+
+    def score_options(self) -> dict[str, Any]:
+        """The sampler's own temperature and forbidden ids, so that log-probabilities compare."""
+        return {
+            "temperature": self.rl_args.temperature,
+            "forbidden": self._forbidden,
+            "with_entropy": True,
+        }
+
+    def loss(
+        self, scores: TokenScores, batch: PackedBatch, counts: dict[str, float]
+    ) -> tuple[Tensor, Metrics]:
+        """GSPO over the step's completions."""
+        stored = batch.token_values["old_logprobs"]
+        old = torch.where(stored.isnan(), scores.logprobs.detach(), stored)
+        advantages = batch.completion_values["advantages"]
+        ratios = sequence_ratios(scores.logprobs, old, batch.completion_of_token, batch.lengths)
+        terms = gspo_terms(
+            ratios,
+            advantages,
+            epsilon_low=self.rl_args.epsilon,
+            epsilon_high=self.rl_args.epsilon_high,
+        )
+        gap = (old - batch.token_values["sampler_logprobs"]).abs()
+        self._check_gap(gap)
+        metrics = Metrics()
+        metrics.mean("clip_ratio/low_mean", terms.clipped_low.float())
+        metrics.mean("clip_ratio/high_mean", terms.clipped_high.float())
+        metrics.mean("clip_ratio/region_mean", (terms.clipped_low | terms.clipped_high).float())
+        metrics.mean("sampling/logprob_gap_mean", gap)
+        metrics.maximum("sampling/logprob_gap_max", gap)
+        assert scores.entropy is not None
+        metrics.mean("entropy", scores.entropy)
+        return gspo_loss(terms, counts["sequences"]), metrics
+
+    def _check_gap(self, gap: Tensor) -> None:
+        bound = self.rl_args.max_logprob_gap
+        if bound is not None and gap.numel() and float(gap.max()) > bound:
+            raise UserError(
+                f"step {self.state.global_step}: sampler and trainer differ by "
+                f"{float(gap.max()):.3g} in a token's log-probability, over max_logprob_gap "
+                f"{bound:g}. Look at: dtype of the two, image tiling and preprocessing, tied "
+                "embeddings and caches after a weight update, the sampler's temperature and top-k."
+            )
+
+    # ---- checkpoints ----
+
+    def save_rank_state(self, folder: Path) -> None:
+        """This rank's place in the stream and the steps of the rollout batch not yet taken."""
+        state = {
+            "next_batch": self._next_batch,
+            "pending": [[group.to_json() for group in groups] for groups in self._pending],
+        }
+        path = folder / f"rollouts_{self.args.process_index}.json"
+        path.write_text(json.dumps(state), encoding="utf-8")
+
+    def load_rank_state(self, folder: Path) -> None:
+        """Go on in the stream where `save_rank_state` left it."""
+        path = folder / f"rollouts_{self.args.process_index}.json"
+        state = json.loads(path.read_text(encoding="utf-8"))
+        self._next_batch = state["next_batch"]
+        self._pending = [[Group(**group) for group in groups] for groups in state["pending"]]
