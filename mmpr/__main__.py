@@ -1,0 +1,3 @@
+from mmpr.cli import main
+
+main()

@@ -1,0 +1,62 @@
+"""Verdicts by question, and what a question keeps once its rollouts' own fields are taken off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from internvl.data import Quarantine, Row
+from rewards import Outcome
+
+ROLLOUT_FIELDS = (
+    "sample", "completion", "token_ids", "finish_reason", "model", "seed", "temperature",
+    "top_p", "top_k", "max_tokens",
+)  # fmt: skip
+VERDICT_FIELDS = (
+    "outcome", "extracted", "matcher", "score", "format_ok", "requested_matcher",
+)  # fmt: skip
+OUTCOMES = tuple(str(outcome) for outcome in Outcome)
+JUDGED = ("correct", "wrong", "no_answer")  # cannot_judge and timeout are neither right nor wrong
+
+
+def verdict_fault(record: dict[str, Any]) -> str | None:
+    """What keeps a verdict record from being used, or None."""
+    outcome = record.get("outcome")
+    if outcome not in OUTCOMES:
+        return f"outcome {outcome!r} is unknown; one of: {', '.join(OUTCOMES)}"
+    if not isinstance(record.get("format_ok"), bool):
+        return "field 'format_ok' is not a boolean"
+    if outcome in ("correct", "wrong") and not isinstance(record.get("extracted"), str):
+        return f"outcome is {outcome!r} but field 'extracted' is not a string"
+    return None
+
+
+def usable_verdicts(rows: Iterable[Row], quarantine: Quarantine) -> list[dict[str, Any]]:
+    """The verdict records of rows; those that are not whole go to the quarantine."""
+    usable = []
+    for row in rows:
+        if fault := verdict_fault(row.data):
+            quarantine.add(row.file, row.line, fault, row.data)
+        else:
+            usable.append(row.data)
+    return usable
+
+
+def group_by_question(verdicts: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """id -> its verdicts, questions in order of first appearance."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for verdict in verdicts:
+        groups.setdefault(verdict["id"], []).append(verdict)
+    return groups
+
+
+def strip_rollout(verdict: dict[str, Any]) -> dict[str, Any]:
+    """The question that a verdict belongs to, with the matcher it asked for, if any."""
+    question = {
+        key: value
+        for key, value in verdict.items()
+        if key not in ROLLOUT_FIELDS and key not in VERDICT_FIELDS
+    }
+    if "requested_matcher" in verdict:
+        question["matcher"] = verdict["requested_matcher"]
+    return question

@@ -1,0 +1,299 @@
+"""Rollouts: n completions per question, written a batch of questions at a time, resumable.
+
+The file alone says how far a run came: a question is done when its n rollouts are there. Whatever
+a kill left behind it (a torn line, some rollouts of a question) is cut off and made again. Each
+question has its own seed, so neither the batch size nor a restart changes what is sampled.
+Beside the file, `<output>.meta.json` says what it depends on; another model or setting is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from internvl.data import (
+    Quarantine,
+    Row,
+    append_jsonl,
+    dump_line,
+    image_fault,
+    load_image,
+    write_json,
+)
+from internvl.errors import DataError, UserError
+from mmpr.hashing import stable_hash
+
+if TYPE_CHECKING:
+    from internvl.sampler import Completion, Sampler, SampleRequest, SamplingConfig
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """What a run did: questions sampled now, done before, put into quarantine; tokens sampled."""
+
+    sampled: int
+    done_before: int
+    bad: int
+    tokens: int
+    cut_off: int  # completions that ran into max_tokens
+
+
+def question_seed(seed: int, question_id: str) -> int:
+    """The seed of one question: 31 bits from the run's seed and the question's id."""
+    return stable_hash(seed, question_id) % 2**31
+
+
+def describe_run(
+    *, model: str, fingerprint: str, seed: int, config: SamplingConfig, dtype: str
+) -> dict[str, Any]:
+    """All that the rollouts depend on besides the questions, as written to `.meta.json`."""
+    return {
+        "model": model,
+        "fingerprint": fingerprint,
+        "seed": seed,
+        "dtype": dtype,
+        **asdict(config),
+    }
+
+
+def meta_path(output: Path) -> Path:
+    """Where the description of a rollouts file lies."""
+    return output.with_name(output.name + ".meta.json")
+
+
+def check_same_run(output: Path, wanted: dict[str, Any]) -> str:
+    """The model name to write into rollouts; raises UserError when `output` is of another run.
+
+    A model is compared by its fingerprint, not by its path; the name first given stays.
+    """
+    path = meta_path(output)
+    if not path.exists():
+        if output.exists() and output.stat().st_size:
+            raise UserError(
+                f"{output} exists without {path.name}: it is not known what made it. "
+                "Give another --output."
+            )
+        return str(wanted["model"])
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON: {error}") from None
+    changed = [
+        f"{key} was {found.get(key)!r}, now {value!r}"
+        for key, value in wanted.items()
+        if key != "model" and found.get(key) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{output} was made by another run ({'; '.join(changed)}). "
+            "Give another --output, or the same options to go on."
+        )
+    return str(found["model"])
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(line number, end offset, record) of every line; stops before a torn last line."""
+    with path.open("rb") as lines:
+        position = 0
+        torn: str | None = None
+        for number, raw in enumerate(lines, start=1):
+            if torn is not None:
+                raise DataError(f"{path}:{number - 1}: {torn}, and more lines follow")
+            position += len(raw)
+            if not raw.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(raw)
+            except ValueError as error:
+                torn = f"not valid JSON ({error})"
+                continue
+            yield number, position, record
+
+
+def recover(output: Path, n: int) -> dict[str, dict[str, Any]]:
+    """Cut an interrupted file back to whole questions; id -> first rollout of each that is done.
+
+    Raises DataError when the file is not what a run with n samples a question writes.
+    """
+    if not output.exists():
+        return {}
+    done: dict[str, dict[str, Any]] = {}
+    keep = 0
+    group: list[dict[str, Any]] = []
+    for number, end, record in _whole_lines(output):
+        same = not group or record.get("id") == group[0]["id"]
+        if record.get("sample") != len(group) or not same or record.get("id") in done:
+            raise DataError(
+                f"{output}:{number}: sample {record.get('sample')!r} of question "
+                f"{record.get('id')!r} where sample {len(group)} was expected; the file was changed"
+            )
+        group.append(record)
+        if len(group) == n:
+            done[group[0]["id"]] = group[0]
+            group, keep = [], end
+    if keep < output.stat().st_size:
+        os.truncate(output, keep)
+    return done
+
+
+def pending_rows(rows: Sequence[Row], done: dict[str, dict[str, Any]], output: Path) -> list[Row]:
+    """The questions still to sample; raises UserError when a done one has changed or vanished."""
+    by_id = {row.data["id"]: row for row in rows}
+    for question_id, record in done.items():
+        row = by_id.get(question_id)
+        if row is None:
+            raise UserError(
+                f"{output} holds question {question_id!r}, which is not among the questions now. "
+                "Give another --output, or the same questions to go on."
+            )
+        for key in ("question", "image", "answer"):
+            if record.get(key) != row.data.get(key):
+                raise UserError(
+                    f"{row.file}:{row.line}: {key!r} of question {question_id!r} has changed since "
+                    f"{output} was begun. Give another --output."
+                )
+    return [row for row in rows if row.data["id"] not in done]
+
+
+def only_bad_left(pending: Sequence[Row], quarantine: Quarantine) -> bool:
+    """Whether no pending question has usable images; those looked at go to the quarantine.
+
+    So a finished run that is started again need not load the model to find its bad rows again.
+    """
+    for row in pending:
+        fault = image_fault(row)
+        if fault is None:
+            return False
+        quarantine.add(row.file, row.line, fault, row.data)
+    return True
+
+
+def make_request(row: Row, seed: int) -> SampleRequest:
+    """The sampler's request for one question; raises DataError for an image that is no good."""
+    from internvl.sampler import SampleRequest
+
+    if fault := image_fault(row):
+        raise DataError(fault)
+    images = tuple(load_image(path) for path in row.image_paths())
+    return SampleRequest(
+        question=row.data["question"], images=images, seed=question_seed(seed, row.data["id"])
+    )
+
+
+def rollout_records(
+    row: Row,
+    completions: Sequence[Completion],
+    *,
+    model: str,
+    seed: int,
+    config: SamplingConfig,
+) -> list[dict[str, Any]]:
+    """One rollout record per completion of a question; seed: the question's own."""
+    return [
+        {
+            **row.data,
+            "sample": index,
+            "completion": completion.text,
+            "token_ids": list(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+            "model": model,
+            "seed": seed,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "top_k": config.top_k,
+            "max_tokens": config.max_tokens,
+        }
+        for index, completion in enumerate(completions)
+    ]
+
+
+def _requests(
+    rows: Sequence[Row], seed: int, quarantine: Quarantine
+) -> list[tuple[Row, SampleRequest]]:
+    """The requests of the questions whose images are good; the others go to the quarantine."""
+    requests = []
+    for row in rows:
+        try:
+            requests.append((row, make_request(row, seed)))
+        except DataError as error:
+            quarantine.add(row.file, row.line, str(error), row.data)
+    return requests
+
+
+def _sample_good(
+    sampler: Sampler,
+    requests: Sequence[tuple[Row, SampleRequest]],
+    config: SamplingConfig,
+    quarantine: Quarantine,
+) -> list[tuple[Row, SampleRequest, list[Completion]]]:
+    """Sample a batch; a request that the sampler refuses (too long) goes to the quarantine.
+
+    It refuses the whole batch, so halves are tried until the culprit is alone.
+    """
+    if not requests:
+        return []
+    try:
+        answers = sampler.sample([request for _, request in requests], config)
+    except DataError as error:
+        if len(requests) == 1:
+            row = requests[0][0]
+            quarantine.add(row.file, row.line, str(error), row.data)
+            return []
+        half = len(requests) // 2
+        return [
+            *_sample_good(sampler, requests[:half], config, quarantine),
+            *_sample_good(sampler, requests[half:], config, quarantine),
+        ]
+    return [(*pair, completions) for pair, completions in zip(requests, answers, strict=True)]
+
+
+def sample_questions(
+    rows: Sequence[Row],
+    sampler: Sampler,
+    *,
+    output: Path,
+    config: SamplingConfig,
+    run: dict[str, Any],
+    quarantine: Quarantine,
+    batch_questions: int = 256,
+    progress: bool = True,
+) -> SampleReport:
+    """Sample every question that `output` does not hold yet and append its rollouts.
+
+    run: `describe_run` of this run. Questions with a bad image, or too long for the
+    model, go to the quarantine.
+    Raises UserError when `output` belongs to another run, DataError when too many rows are bad.
+    """
+    from tqdm import tqdm
+
+    run = {**run, "backend": sampler.name}
+    run["model"] = check_same_run(output, run)
+    done = recover(output, config.n)
+    pending = pending_rows(rows, done, output)
+    write_json(meta_path(output), run)
+    total = len(rows) + quarantine.count
+    sampled = tokens = cut_off = 0
+    bar = tqdm(
+        total=len(rows), initial=len(done), desc="sampling", unit="question", disable=not progress
+    )
+    for start in range(0, len(pending), batch_questions):
+        chunk = pending[start : start + batch_questions]
+        requests = _requests(chunk, run["seed"], quarantine)
+        answered = _sample_good(sampler, requests, config, quarantine)
+        with append_jsonl(output) as out:
+            for row, request, completions in answered:
+                for record in rollout_records(
+                    row, completions, model=run["model"], seed=request.seed, config=config
+                ):
+                    out.write(dump_line(record))
+                    tokens += len(record["token_ids"])
+                    cut_off += record["finish_reason"] == "length"
+        sampled += len(answered)
+        bar.update(len(chunk))
+        quarantine.check(total)  # after writing: what was sampled is kept
+    bar.close()
+    return SampleReport(sampled, len(done), quarantine.count, tokens, cut_off)

@@ -1,0 +1,556 @@
+"""mmpr: sampling that survives a kill, verdicts, pairs in MMPR's format, and selection."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from internvl.data import Quarantine, read_rows, write_jsonl
+from internvl.errors import DataError, UserError
+from internvl.sampler import Completion, SamplingConfig
+from mmpr import cli
+from mmpr.groups import strip_rollout
+from mmpr.hashing import model_fingerprint, stable_hash
+from mmpr.pairs import PairConfig, build_pairs, contains_answer, even_pairs
+from mmpr.sample import (
+    describe_run,
+    meta_path,
+    pending_rows,
+    question_seed,
+    recover,
+    sample_questions,
+)
+from mmpr.select import accuracy, select_questions
+from mmpr.verify import verify_rollout
+
+
+class FakeSampler:
+    """Answers from the request alone, as a real sampler with seeds does."""
+
+    name = "transformers"
+
+    def __init__(self):
+        self.batches = []
+
+    def sample(self, requests, config, progress=False):
+        for request in requests:
+            if "too long" in request.question:
+                raise DataError("the prompt has 9 tokens")
+        self.batches.append(len(requests))
+        return [
+            [self.answer(request, index, config) for index in range(config.n)]
+            for request in requests
+        ]
+
+    def answer(self, request, index, config):
+        value = stable_hash(request.seed, index) % 5
+        text = f"I see {len(request.images)} picture(s), é. Final Answer: {value}"
+        return Completion(text, (value, 7), (-0.5, -0.1), "stop")
+
+    def update_weights(self, named_parameters):
+        raise NotImplementedError
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Seven questions, two of them without an image."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    rows = [
+        {"id": f"q{i}", "image": "a.png", "question": "<image>\nHow many?", "answer": str(i % 5)}
+        for i in range(5)
+    ]
+    rows += [{"id": f"t{i}", "question": "How many?", "answer": "1"} for i in range(2)]
+    write_jsonl(tmp_path / "questions.jsonl", rows)
+    return tmp_path / "questions.jsonl"
+
+
+CONFIG = SamplingConfig(n=3, max_tokens=16)
+
+
+def run_sampling(questions, output, *, batch=2, sampler=None, config=CONFIG, seed=0, **changes):
+    quarantine = Quarantine(output.with_name("bad.jsonl"), max_bad=0.5)
+    rows = read_rows(questions, kind="question", quarantine=quarantine)
+    run = describe_run(model="m", fingerprint="f", seed=seed, config=config, dtype="auto")
+    return sample_questions(
+        rows,
+        sampler or FakeSampler(),
+        output=output,
+        config=config,
+        run=run | changes,
+        quarantine=quarantine,
+        batch_questions=batch,
+        progress=False,
+    )
+
+
+# sample
+
+
+def test_rollout_records(questions, tmp_path):
+    report = run_sampling(questions, tmp_path / "r.jsonl")
+    assert (report.sampled, report.done_before, report.bad, report.tokens) == (7, 0, 0, 42)
+    rollouts = read_rows(tmp_path / "r.jsonl", kind="rollout", quarantine=Quarantine(None, 0))
+    assert [(row.data["id"], row.data["sample"]) for row in rollouts[:4]] == [
+        ("q0", 0), ("q0", 1), ("q0", 2), ("q1", 0),
+    ]  # fmt: skip
+    assert rollouts[0].data | {"completion": "", "token_ids": []} == {
+        "id": "q0", "image": "a.png", "question": "<image>\nHow many?", "answer": "0",
+        "sample": 0, "completion": "", "token_ids": [], "finish_reason": "stop", "model": "m",
+        "seed": question_seed(0, "q0"), "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+        "max_tokens": 16,
+    }  # fmt: skip
+
+
+def test_batching_changes_nothing_but_the_batches(questions, tmp_path):
+    sampler = FakeSampler()
+    run_sampling(questions, tmp_path / "a.jsonl", batch=3, sampler=sampler)
+    assert sampler.batches == [3, 3, 1]
+    run_sampling(questions, tmp_path / "b.jsonl", batch=100)
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    run_sampling(questions, tmp_path / "c.jsonl", seed=1)
+    assert (tmp_path / "a.jsonl").read_bytes() != (tmp_path / "c.jsonl").read_bytes()
+
+
+def test_killed_anywhere_resumes_to_the_same_file(questions, tmp_path):
+    output = tmp_path / "r.jsonl"
+    run_sampling(questions, output)
+    whole = output.read_bytes()
+    question_ends = [len(b"".join(whole.splitlines(True)[: 3 * k])) for k in range(8)]
+    for kept in [0, 1, len(whole) // 3, question_ends[3] - 1, question_ends[3], len(whole) - 1]:
+        output.write_bytes(whole[:kept])
+        report = run_sampling(questions, output)
+        assert output.read_bytes() == whole, f"killed after {kept} bytes"
+        done = sum(end <= kept for end in question_ends[1:])
+        assert (report.done_before, report.sampled) == (done, 7 - done)
+
+
+def test_a_changed_run_is_refused(questions, tmp_path):
+    output = tmp_path / "r.jsonl"
+    run_sampling(questions, output)
+    with pytest.raises(UserError, match=r"by another run \(fingerprint was 'f', now 'g'\)"):
+        run_sampling(questions, output, fingerprint="g")
+    with pytest.raises(UserError, match=r"n was 3, now 4"):
+        run_sampling(questions, output, config=SamplingConfig(n=4, max_tokens=16))
+    # the same model in another folder is the same model, under the name first given
+    assert run_sampling(questions, output, model="elsewhere/m").sampled == 0
+    assert json.loads(meta_path(output).read_bytes())["model"] == "m"
+    meta_path(output).unlink()
+    with pytest.raises(UserError, match="it is not known what made it"):
+        run_sampling(questions, output)
+
+
+def test_changed_questions_are_refused(questions, tmp_path):
+    output = tmp_path / "r.jsonl"
+    run_sampling(questions, output)
+    rows = read_rows(questions, kind="question", quarantine=Quarantine(None))
+    done = recover(output, 3)
+    assert pending_rows(rows, done, output) == []
+    with pytest.raises(UserError, match="'q0', which is not among the questions"):
+        pending_rows(rows[1:], done, output)
+    rows[2].data["answer"] = "77"
+    with pytest.raises(UserError, match=r"questions.jsonl:3: 'answer' of question 'q2' has chang"):
+        pending_rows(rows, done, output)
+
+
+def test_a_damaged_middle_is_not_repaired_silently(questions, tmp_path):
+    output = tmp_path / "r.jsonl"
+    run_sampling(questions, output)
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join([*lines[:4], b"{torn\n", *lines[5:]]))
+    with pytest.raises(DataError, match=r"r.jsonl:5: not valid JSON"):
+        recover(output, 3)
+    output.write_bytes(b"".join([*lines[:4], *lines[5:]]))
+    with pytest.raises(DataError, match=r"r.jsonl:5: sample 2 of question 'q1' where sample 1"):
+        recover(output, 3)
+
+
+def test_bad_images_and_long_prompts_go_to_the_quarantine(questions, tmp_path):
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    rows[1]["image"] = "missing.png"
+    rows[5]["question"] = "too long"
+    write_jsonl(questions, rows)
+    report = run_sampling(questions, tmp_path / "r.jsonl", batch=4)
+    assert (report.sampled, report.bad) == (5, 2)
+    bad = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [(item["line"], item["reason"]) for item in bad] == [
+        (2, f"{tmp_path / 'missing.png'}: no such image"),
+        (6, "the prompt has 9 tokens"),
+    ]
+
+
+def test_too_many_bad_rows_stop_the_run_but_keep_what_was_sampled(questions, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match="5 of 7 rows are bad"):
+        run_sampling(questions, tmp_path / "r.jsonl", batch=7)
+    assert len(recover(tmp_path / "r.jsonl", 3)) == 2
+
+
+def test_model_fingerprint(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert model_fingerprint(one) == model_fingerprint(two)
+    # same size, other weights
+    (tmp_path / "two" / "model.safetensors").write_bytes(b"heavier")
+    assert model_fingerprint(one) != model_fingerprint(two)
+    with pytest.raises(UserError, match=r"no config.json there"):
+        model_fingerprint(str(tmp_path / "three"))
+
+
+def test_fingerprint_of_a_large_file_sees_a_small_change(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmpr.hashing._WHOLE_FILE", 100)
+    monkeypatch.setattr("mmpr.hashing._BLOCK_BYTES", 32)
+    (tmp_path / "config.json").write_text("{}")
+    weights = bytearray(os.urandom(5000))
+    prints = set()
+    for place in (None, 0, 2499, 4999):
+        changed = bytearray(weights)
+        if place is not None:
+            changed[place] ^= 1
+        (tmp_path / "model.safetensors").write_bytes(changed)
+        prints.add(model_fingerprint(str(tmp_path)))
+    assert len(prints) >= 3  # both ends are always seen; between blocks a byte may be missed
+
+
+# verify
+
+
+def rollout(completion, answer="9", **more):
+    return {
+        "id": "q", "question": "?", "answer": answer, "sample": 0, "completion": completion,
+        "finish_reason": "stop", **more,
+    }  # fmt: skip
+
+
+def test_verify_rollout():
+    record, reason = verify_rollout(rollout("Final Answer: 9"))
+    assert reason is None
+    assert record == rollout("Final Answer: 9") | {
+        "outcome": "correct", "extracted": "9", "matcher": "number", "score": 1.0,
+        "format_ok": True,
+    }  # fmt: skip
+    assert type(record["outcome"]) is str
+    record, reason = verify_rollout(rollout("Final Answer: 9", answer="red", matcher="number"))
+    assert record["outcome"] == "cannot_judge" and "not a number" in reason
+
+
+def test_a_completion_that_was_cut_off_did_not_follow_the_format():
+    record, _ = verify_rollout(rollout("Final Answer: 9", finish_reason="length"))
+    assert (record["outcome"], record["format_ok"]) == ("correct", False)
+
+
+def test_the_questions_own_matcher_survives():
+    asked, _ = verify_rollout(rollout("Final Answer: 9", matcher="relaxed"))
+    assert (asked["matcher"], asked["requested_matcher"]) == ("relaxed", "relaxed")
+    free, _ = verify_rollout(rollout("Final Answer: 9"))
+    assert strip_rollout(asked) == {"id": "q", "question": "?", "answer": "9", "matcher": "relaxed"}
+    assert strip_rollout(free) == {"id": "q", "question": "?", "answer": "9"}
+    again, _ = verify_rollout(free)  # a verdict verified again asks for nothing either
+    assert again == free
+
+
+# pair
+
+
+def verdict(outcome, text, qid="q", extracted="1", format_ok=True, **more):
+    return {
+        "id": qid, "question": "?", "answer": "9", "completion": text, "outcome": outcome,
+        "extracted": None if outcome == "no_answer" else extracted, "format_ok": format_ok, **more,
+    }  # fmt: skip
+
+
+def question(qid, correct, wrong, no_answer=0):
+    """Verdicts of one question, all completions distinct."""
+    return [
+        *[verdict("correct", f"{qid} right {i}", qid, "9") for i in range(correct)],
+        *[verdict("wrong", f"{qid} wrong {i}", qid, "1") for i in range(wrong)],
+        *[verdict("no_answer", f"{qid} none {i}", qid, format_ok=False) for i in range(no_answer)],
+    ]
+
+
+def test_pair_is_mmprs_record():
+    verdicts = [
+        verdict("correct", "so 9", extracted="9", image=["a.png", "b.png"], answer=["9", "nine"]),
+        verdict("wrong", "so 1", extracted="1", image=["a.png", "b.png"], answer=["9", "nine"]),
+    ]
+    pairs, report = build_pairs(verdicts, PairConfig())
+    assert pairs == [
+        {
+            "id": "q-0", "image": ["a.png", "b.png"], "question": "?", "chosen": "so 9",
+            "rejected": "so 1", "answer_gt": "9", "kind": "correctness",
+        }
+    ]  # fmt: skip
+    assert (report.correctness, report.format, report.questions_with_pairs) == (1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "reason"),
+    [
+        (question("q", 4, 0), "none wrong"),
+        (question("q", 0, 4), "none correct"),
+        (question("q", 0, 2, 2), "none correct"),
+        ([verdict("cannot_judge", "a"), verdict("timeout", "b")], "nothing could be judged"),
+        (
+            [verdict("correct", "a", format_ok=False), verdict("wrong", "b")],
+            "correct only with a broken format",
+        ),
+        (
+            [verdict("correct", "a", extracted="9"), verdict("wrong", "b", extracted="9 apples")],
+            "every correct answer stands in the wrong ones",
+        ),
+        (question("q", 2, 0, 2), "only format pairs, over their share"),
+    ],
+)
+def test_questions_that_give_no_pair(verdicts, reason):
+    pairs, report = build_pairs(verdicts, PairConfig())
+    assert pairs == []
+    assert report.without_pairs == {reason: 1}
+
+
+def test_what_cannot_be_judged_is_never_in_a_pair():
+    verdicts = [
+        *question("q", 1, 1),
+        verdict("cannot_judge", "unsure"),
+        verdict("timeout", "slow"),
+        verdict("correct", "sloppy", format_ok=False),
+    ]
+    pairs, _ = build_pairs(verdicts, PairConfig(max_format_share=1))
+    texts = {text for pair in pairs for text in (pair["chosen"], pair["rejected"])}
+    assert texts == {"q right 0", "q wrong 0"}
+
+
+def test_format_pairs_keep_to_their_share():
+    verdicts = [row for i in range(20) for row in question(f"q{i}", 2, 1, 5)]
+    for share, expected in [(0.0, 0), (0.2, 10), (0.5, 40), (1.0, 200)]:
+        _, report = build_pairs(verdicts, PairConfig(max_format_share=share))
+        assert (report.correctness, report.format) == (40, expected), share
+    _, report = build_pairs(verdicts, PairConfig(format_negatives=False))
+    assert (report.correctness, report.format) == (40, 0)
+
+
+def test_a_wrong_answer_that_was_cut_off_is_a_format_negative():
+    verdicts = [*question("q", 1, 1), verdict("wrong", "Final Answer: 1", finish_reason="length")]
+    pairs, _ = build_pairs(verdicts, PairConfig())
+    assert [(pair["rejected"], pair["kind"]) for pair in pairs] == [
+        ("q wrong 0", "correctness"),
+        ("Final Answer: 1", "format"),
+    ]
+
+
+def test_duplicates_count_once():
+    verdicts = [verdict("correct", f"so 9{' ' * i}", extracted="9") for i in range(5)]
+    verdicts += [verdict("wrong", "so 1") for _ in range(5)]
+    pairs, report = build_pairs(verdicts, PairConfig())
+    assert len(pairs) == 1 and report.left_out["duplicate completion"] == 8
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    correct=st.integers(1, 12), wrong=st.integers(1, 12), limit=st.integers(1, 15),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_pairs_are_distinct_even_and_repeatable(correct, wrong, limit, seed):
+    verdicts = question("q", correct, wrong)
+    config = PairConfig(max_pairs=limit, seed=seed)
+    pairs, report = build_pairs(verdicts, config)
+    assert build_pairs(verdicts, config)[0] == pairs
+    assert len(pairs) == min(limit, correct * wrong)
+    assert len({(pair["chosen"], pair["rejected"]) for pair in pairs}) == len(pairs)
+    for side, number in (("chosen", correct), ("rejected", wrong)):
+        uses = Counter(pair[side] for pair in pairs)
+        counts = [uses[name] for name in uses] + [0] * (number - len(uses))
+        assert max(counts) - min(counts) <= 1, "one completion is used far more than another"
+    assert report.left_out["over the pairs per question"] == correct * wrong - len(pairs)
+
+
+def test_other_questions_do_not_change_a_questions_pairs():
+    alone, _ = build_pairs(question("q", 4, 6), PairConfig(max_pairs=3))
+    among, _ = build_pairs(question("p", 3, 3) + question("q", 4, 6), PairConfig(max_pairs=3))
+    assert [pair for pair in among if pair["id"].startswith("q-")] == alone
+    other, _ = build_pairs(question("q", 4, 6), PairConfig(max_pairs=3, seed=1))
+    assert other != alone
+
+
+def test_even_pairs_covers_the_table():
+    pairs = list(even_pairs(["a", "b", "c", "d"], ["x", "y"]))
+    assert len(set(pairs)) == len(pairs) == 8
+    assert pairs[:4] == [("a", "x"), ("b", "y"), ("c", "x"), ("d", "y")]
+
+
+@pytest.mark.parametrize(
+    ("inside", "answer", "expected"),
+    [
+        ("5 apples", "5", True), ("about 5.", "5", True), ("Red bar", "red", True),
+        ("红色的", "红色", True), ("5%", "5", True),
+        ("15", "5", False), ("5.5", "5", False), ("1,500", "1", False), ("-5", "5", False),
+        ("−5", "5", False), ("reddish", "red", False), ("3", "5", False), ("3", "", False),
+    ],
+)  # fmt: skip
+def test_contains_answer(inside, answer, expected):
+    assert contains_answer(inside, answer) is expected
+
+
+# select
+
+
+def test_select():
+    verdicts = [row for n in range(6) for row in question(f"q{n}", n, 5 - n)]
+    verdicts += [verdict("cannot_judge", "a", "u")]
+    verdicts += [*question("j", 1, 1), verdict("timeout", "b", "j")]  # 1 of 2 judged
+    selected, report = select_questions(verdicts)
+    assert [row["id"] for row in selected] == ["q1", "q2", "q3", "q4", "j"]
+    assert selected[0] == {"id": "q1", "question": "?", "answer": "9"}
+    counts = (report.questions, report.selected, report.too_hard, report.too_easy)
+    assert (*counts, report.not_judged) == (8, 5, 1, 1, 1)
+    assert {name: count for name, count in report.histogram.items() if count} == {
+        "0": 1, "0.2-0.3": 1, "0.4-0.5": 1, "0.5-0.6": 1, "0.6-0.7": 1, "0.8-0.9": 1, "1": 1,
+    }  # fmt: skip
+    assert accuracy([verdict("timeout", "a")]) is None
+    with pytest.raises(UserError, match=r"bounds are 0.8 and 0.2"):
+        select_questions(verdicts, min_accuracy=0.8, max_accuracy=0.2)
+
+
+# the command line
+
+
+def command(*words):
+    """Run `mmpr` in this process; returns the exit code."""
+    try:
+        cli.main([str(word) for word in words])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """A folder that looks like a checkpoint, sampled by the fake."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    opened = []
+    monkeypatch.setattr(
+        "internvl.sampler.open_sampler", lambda *args, **kw: opened.append(kw) or FakeSampler()
+    )
+    return tmp_path / "model", opened
+
+
+def test_from_questions_to_pairs(questions, checkpoint, tmp_path, capsys):
+    model, opened = checkpoint
+    with questions.open("a") as out:
+        out.write('{"id": "broken"\n')
+    rollouts, verdicts = tmp_path / "out/rollouts.jsonl", tmp_path / "out/verdicts.jsonl"
+    sampling = ("sample", questions, "--model", model, "--output", rollouts, "--n", 6)
+    assert command(*sampling, "--max-bad", 1) == 0
+    bad = json.loads((tmp_path / "out/rollouts.jsonl.quarantine.jsonl").read_text())
+    assert bad["line"] == 8 and "not valid JSON" in bad["reason"]
+    assert "1 bad row(s) put aside" in capsys.readouterr().out
+    assert command(*sampling, "--max-bad", 1) == 0
+    assert "is complete: 7 questions x 6" in capsys.readouterr().out
+    assert len(opened) == 1, "nothing was left to do, and yet the model was loaded"
+
+    assert command("verify", rollouts, "--output", verdicts) == 0
+    stats = json.loads((tmp_path / "out/verdicts.jsonl.stats.json").read_text())
+    assert stats["rollouts"] == 42 and sum(stats["outcomes"].values()) == 42
+    assert "correct" in capsys.readouterr().out
+
+    meta, pairs = tmp_path / "meta.json", tmp_path / "out/pairs.jsonl"
+    pairing = ("pair", verdicts, "--output", pairs, "--meta", meta, "--name", "charts")
+    assert command(*pairing) == 2
+    assert "give --image-root" in capsys.readouterr().err
+    assert command(*pairing, "--image-root", tmp_path) == 0
+    assert json.loads(meta.read_text()) == {
+        "charts": {
+            "root": ".", "annotation": "out/pairs.jsonl", "data_augment": False,
+            "repeat_time": 1, "length": len(pairs.read_text().splitlines()),
+        }
+    }  # fmt: skip
+    rows = read_rows(meta, kind="pair", quarantine=Quarantine(None, 0))
+    assert all(path.is_file() for row in rows for path in row.image_paths())
+
+    assert command("select", verdicts, "--output", tmp_path / "rl.jsonl") == 0
+    chosen = read_rows(tmp_path / "rl.jsonl", kind="question", quarantine=Quarantine(None, 0))
+    assert set(chosen[0].data) == {"id", "image", "question", "answer"}
+    capsys.readouterr()
+    for path, kind in [(rollouts, "rollout"), (verdicts, "verdict"), (meta, "pair")]:
+        assert command("stats", path) == 0
+        assert kind in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["verify", "nowhere.jsonl", "--output", "v.jsonl"], "nowhere.jsonl: no such file"),
+        (["verify", "x.jsonl", "--output", "x.jsonl"], "--output x.jsonl is the input itself"),
+        (["verify", "x.jsonl"], "the following arguments are required: --output"),
+        (["verify", "x", "--output", "v", "--style", "xml"], "invalid choice: 'xml'"),
+        (["pair", "x", "--output", "p", "--max-pair", "3"], "unrecognized arguments: --max-pair"),
+        (["pair", "x", "--output", "p", "--name", "a"], "give --meta too"),
+        (["pair", "x", "--output", "p", "--max-format-share", "2"], "it lies in [0, 1]"),
+        (
+            ["pair", "x", "--output", "p", "--format-negatives", "off", "--max-format-share", "1"],
+            "has no meaning with --format-negatives off",
+        ),
+        (["sample", "x", "--model", "m", "--output", "r"], "no config.json there"),
+        (["sample", "x", "--model", "m", "--output", "r", "--top-p", "2"], "top_p is 2.0"),
+        (["sample", "x", "--model", "m", "--output", "r", "--limit", "0"], "--limit is 0"),
+        (["stats", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["shuffle"], "invalid choice: 'shuffle'"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(*words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_an_unknown_matcher_is_quarantined(tmp_path, capsys):
+    good = [rollout("Final Answer: 9", sample=i) for i in range(30)]
+    write_jsonl(tmp_path / "r.jsonl", [*good, rollout("?", sample=30, matcher="fuzzy")])
+    assert command("verify", tmp_path / "r.jsonl", "--output", tmp_path / "v.jsonl") == 0
+    bad = json.loads((tmp_path / "v.jsonl.quarantine.jsonl").read_text())
+    assert bad["line"] == 31 and bad["reason"].startswith("matcher 'fuzzy' is unknown; one of:")
+
+
+def test_a_verdict_that_is_not_whole_is_quarantined(tmp_path):
+    whole, _ = verify_rollout(rollout("Final Answer: 9"))
+    rows = [whole | {"sample": i} for i in range(3)]
+    rows[1] = rows[1] | {"outcome": "maybe"}
+    rows[2] = rows[2] | {"extracted": None}
+    write_jsonl(tmp_path / "v.jsonl", rows)
+    args = ("select", tmp_path / "v.jsonl", "--output", tmp_path / "s.jsonl")
+    assert command(*args) == 2
+    assert command(*args, "--max-bad", 2) == 0
+    bad = (tmp_path / "s.jsonl.quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["line"] for line in bad] == [2, 3]
+
+
+def test_the_module_runs_and_imports_nothing_heavy():
+    root = Path(__file__).resolve().parent.parent
+    code = (
+        "import sys, mmpr.cli\n"
+        "heavy = {'torch', 'transformers', 'vllm', 'sympy', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "mmpr.cli.main(['--help'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True
+    )
+    assert "mmpr sample questions.jsonl --model" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "mmpr", "stats", "nowhere.jsonl"],
+        capture_output=True, text=True, cwd=root,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, "error: nowhere.jsonl: no such file\n")
