@@ -5,6 +5,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("cascade", "internvl", "mmpr", "mpo", "rewards", "rl", "sft", "training")
@@ -23,6 +24,7 @@ def modules_with_examples() -> list[str]:
 def test_docstring_examples(name):
     result = doctest.testmod(
         importlib.import_module(name),
+        extraglobs={"torch": torch},  # every reader knows where it comes from
         optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE,
     )
     assert result.attempted > 0, "the file shows '>>> ' but no docstring holds an example"

@@ -94,7 +94,7 @@ def test_commands_run_away_from_the_checkout(installed, tmp_path, name):
     assert "usage" in shown.lower()
 
 
-@pytest.mark.parametrize("module", ["cascade.cli", "mmpr.cli"])
-def test_modules_run_away_from_the_checkout(installed, tmp_path, module):
-    shown = run(sys.executable, "-m", module, "--help", cwd=tmp_path, PYTHONPATH=str(installed))
+@pytest.mark.parametrize("package", [p for p in PACKAGES if (ROOT / p / "__main__.py").exists()])
+def test_packages_run_away_from_the_checkout(installed, tmp_path, package):
+    shown = run(sys.executable, "-m", package, "--help", cwd=tmp_path, PYTHONPATH=str(installed))
     assert "usage" in shown.lower()
