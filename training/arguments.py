@@ -39,6 +39,13 @@ class PackedTrainingArguments(TrainingArguments):
     freeze_vision: bool = field(
         default=False, metadata={"help": "Train neither the vision tower nor the projector."}
     )
+    image_root: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where relative image paths start; by default the data file's folder, or the "
+            "root that meta.json names."
+        },
+    )
     quarantine_file: str | None = field(
         default=None,
         metadata={"help": "Where bad rows go; by default quarantine.jsonl in output_dir."},

@@ -30,7 +30,8 @@ class Stage:
 
     def rows(self, file: str, kind: Kind) -> list[Row]:
         """The usable rows of a file; the others go to the quarantine with their reason."""
-        rows = read_rows(file, kind=kind, quarantine=self.quarantine)
+        root = Path(self.args.image_root) if self.args.image_root else None
+        rows = read_rows(file, kind=kind, quarantine=self.quarantine, image_root=root)
         quiet = self.args.disable_tqdm or self.args.process_index > 0
         good = usable_rows(rows, self.encoder, kind, self.quarantine, quiet=bool(quiet))
         if self.quarantine.count and self.args.process_index == 0:

@@ -1,0 +1,161 @@
+"""The command line of cascade."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import NoReturn
+
+from internvl.errors import UserError, cli_guard
+
+_ABOUT = "The whole cascade, SFT -> MPO -> GSPO, resumable and evaluated between stages."
+_EXAMPLE = """\
+example:
+
+  cascade demo                          the whole on a small world, about 10 minutes on 2 cores
+  cascade demo --preset tiny            the same in about a minute, to see that all of it runs
+  cascade evaluate heldout.jsonl --model runs/demo/stages/rl --output runs/demo/eval/rl
+  cascade report runs/demo              make runs/demo/report.html again
+
+A run that was killed goes on when the same command is started again."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong option, as for every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from cascade.demo import run_demo
+
+    run = args.output or Path("runs") / ("demo" if args.preset == "demo" else args.preset)
+    run_demo(run, seed=args.seed, preset=args.preset, control=args.control, backend=args.backend)
+
+
+def _world(args: argparse.Namespace) -> None:
+    from cascade.tiny import make_tiny_model
+    from cascade.world import WorldSizes, make_world
+
+    sizes = {field.name: vars(args)[field.name] for field in fields(WorldSizes)}
+    make_tiny_model(args.output / "model", seed=args.seed)
+    make_world(args.output, seed=args.seed, sizes=WorldSizes(**sizes))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from cascade.evaluate import EvaluationConfig, evaluate
+    from internvl.data import Quarantine, check_images, read_rows
+    from internvl.sampler import open_sampler
+
+    quarantine = Quarantine(args.output / "quarantine.jsonl", args.max_bad)
+    rows = read_rows(
+        args.questions, kind="question", quarantine=quarantine, image_root=args.image_root
+    )
+    rows = check_images(rows, quarantine=quarantine)
+    count = dict(_named_text(item) for item in args.count)
+    config = EvaluationConfig(args.samples, args.max_tokens, args.max_tiles, args.seed, count)
+    sampler = open_sampler(args.model, backend=args.backend, seed=args.seed, dtype=args.dtype)
+    try:
+        metrics = evaluate(rows, sampler, config, model=args.model, output=args.output)
+    finally:
+        sampler.close()
+    for key, value in metrics.items():
+        print(f"{key:>16}  {value:.4f}" if isinstance(value, float) else f"{key:>16}  {value}")
+
+
+def _named_text(item: str) -> tuple[str, str]:
+    name, separator, text = item.partition("=")
+    if not separator or not name or not text:
+        raise UserError(f"--count {item!r}: expected NAME=TEXT")
+    return name, text
+
+
+def _report(args: argparse.Namespace) -> None:
+    from cascade.report import write_report
+
+    print(write_report(args.run))
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("questions", type=Path, help="JSONL of questions with answers")
+    add("--model", required=True, metavar="CKPT", help="checkpoint folder")
+    add("--output", type=Path, required=True, metavar="DIR", help="for metrics and predictions")
+    add("--image-root", type=Path, metavar="DIR", help="where image paths start")
+    add("--samples", type=int, default=2, help="completions a question at temperature 1")
+    add("--max-tokens", type=int, default=1024, help="of a completion")
+    add("--max-tiles", type=int, default=12, help="tile budget of a question")
+    add("--seed", type=int, default=0, help="of the sampling")
+    add("--count", action="append", default=[], metavar="NAME=TEXT",
+        help="also report the share of samples that hold TEXT, as NAME")  # fmt: skip
+    add("--max-bad", type=float, default=0.05, help="share (<1) or number of bad rows borne")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    _add_backend(parser)
+
+
+def _add_backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend", choices=("auto", "vllm", "transformers"), default="auto", help="the sampler"
+    )
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--preset", choices=("demo", "tiny"), default="demo", help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="of world, model and sampling (default: 0)")
+    add("--output", type=Path, metavar="DIR", help="the run's folder (default: runs/PRESET)")
+    add("--control", action="store_true",
+        help="also continue SFT on the chosen completions alone, for MPO's steps")  # fmt: skip
+    _add_backend(parser)
+
+
+def _add_world(parser: argparse.ArgumentParser) -> None:
+    from cascade.world import WorldSizes
+
+    parser.add_argument("output", type=Path, metavar="DIR", help="folder to make")
+    parser.add_argument("--seed", type=int, default=0)
+    for field in fields(WorldSizes):
+        parser.add_argument(f"--{field.name}", type=int, default=field.default, metavar="N")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+
+
+_COMMANDS = (
+    ("demo", "the whole cascade on a world made on the spot", _add_demo, _demo),
+    ("evaluate", "accuracy of a checkpoint on held-out questions", _add_evaluate, _evaluate),
+    ("report", "the page of a run", _add_report, _report),
+    ("world", "the demo's world and its untrained model", _add_world, _world),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `args.act(args)` does the work."""
+    parser = _Parser(
+        prog="cascade",
+        description=_ABOUT,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, help_text, add, act in _COMMANDS:
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        add(command)
+        command.set_defaults(act=act)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    args = build_parser().parse_args(argv)
+    cli_guard(lambda: args.act(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Held-out accuracy of a checkpoint: greedy and sampled at temperature 1.
+
+questions -> sampler (greedy; k samples) -> rewards.verify -> predictions.jsonl, metrics.json
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from internvl.data import Row, load_image, write_json, write_jsonl
+from rewards import verify
+
+if TYPE_CHECKING:
+    from internvl.sampler import Completion, Sampler
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How to evaluate.
+
+    samples: k completions a question at temperature 1. max_tokens: of a completion. seed: of the
+    sampling. count: {name: text}; for each, the share of sampled completions that hold the text is
+    reported under the name.
+    """
+
+    samples: int = 2
+    max_tokens: int = 1024
+    max_tiles: int = 12
+    seed: int = 0
+    count: dict[str, str] = field(default_factory=dict)
+
+
+def mean_and_se(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over questions and its standard error (unbiased variance).
+
+    >>> mean_and_se([0.0, 1.0, 1.0, 0.0])
+    (0.5, 0.28867513459481287)
+    """
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return mean, float("nan")
+    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
+    return mean, math.sqrt(variance / n)
+
+
+def _judge(row: Row, completions: Sequence[Completion]) -> list[dict[str, Any]]:
+    out = []
+    for completion in completions:
+        verdict = verify(
+            completion.text,
+            row.data["answer"],
+            matcher=row.data.get("matcher"),
+            options=row.data.get("options"),
+        )
+        out.append(
+            {
+                "completion": completion.text,
+                "outcome": str(verdict.outcome),
+                "format_ok": verdict.format_ok,
+                "tokens": len(completion.token_ids),
+            }
+        )
+    return out
+
+
+def _requests(rows: Sequence[Row], seed: int) -> list[Any]:
+    from internvl.sampler import SampleRequest
+
+    return [
+        SampleRequest(
+            question=row.data["question"],
+            images=tuple(load_image(path) for path in row.image_paths()),
+            seed=seed + 1_000_003 * index,
+        )
+        for index, row in enumerate(rows)
+    ]
+
+
+def predict(
+    rows: Sequence[Row], sampler: Sampler, config: EvaluationConfig
+) -> list[dict[str, Any]]:
+    """Answer and judge every question: one prediction record each, in the rows' order."""
+    from internvl.sampler import SamplingConfig
+
+    requests = _requests(rows, config.seed)
+    limits: dict[str, Any] = {"max_tokens": config.max_tokens, "max_tiles": config.max_tiles}
+    greedy = sampler.sample(requests, SamplingConfig(temperature=0.0, **limits), progress=True)
+    sampled = sampler.sample(
+        requests, SamplingConfig(n=config.samples, temperature=1.0, **limits), progress=True
+    )
+    records = []
+    for row, one, many in zip(rows, greedy, sampled, strict=True):
+        images = [str(path.resolve()) for path in row.image_paths()]
+        records.append(
+            {
+                "id": row.data["id"],
+                "image": images,
+                "question": row.data["question"],
+                "answer": row.data["answer"],
+                **({"solution": row.data["solution"]} if "solution" in row.data else {}),
+                "greedy": _judge(row, one)[0],
+                "sampled": _judge(row, many),
+            }
+        )
+    return records
+
+
+def summarise(
+    records: Sequence[dict[str, Any]], name: str, model: str, config: EvaluationConfig
+) -> dict[str, Any]:
+    """The metrics of a set of predictions; every rate in 0..1.
+
+    A standard error is over questions: the k samples of one question are averaged first.
+    """
+
+    def rate(test: Any) -> list[float]:
+        return [sum(map(test, r["sampled"])) / len(r["sampled"]) for r in records]
+
+    greedy, greedy_se = mean_and_se([float(r["greedy"]["outcome"] == "correct") for r in records])
+    sampled, sampled_se = mean_and_se(rate(lambda p: p["outcome"] == "correct"))
+    metrics: dict[str, Any] = {
+        "name": name,
+        "model": model,
+        "n": len(records),
+        "k": config.samples,
+        "greedy": greedy,
+        "greedy_se": greedy_se,
+        "sampled": sampled,
+        "sampled_se": sampled_se,
+        "format": mean_and_se(rate(lambda p: p["format_ok"]))[0],
+        "mean_tokens": mean_and_se(rate(lambda p: p["tokens"]))[0],
+    }
+    for key, text in config.count.items():
+        metrics[key] = mean_and_se(rate(lambda p, text=text: text in p["completion"]))[0]
+    if all("solution" in record for record in records):
+        right = [
+            sum(p["completion"] == r["solution"] for p in r["sampled"]) / len(r["sampled"])
+            for r in records
+        ]
+        metrics["chain_correct"] = mean_and_se(right)[0]
+    return metrics
+
+
+def evaluate(
+    rows: Sequence[Row], sampler: Sampler, config: EvaluationConfig, *, model: str, output: Path
+) -> dict[str, Any]:
+    """Evaluate and write `predictions.jsonl` and `metrics.json` into `output`."""
+    records = predict(rows, sampler, config)
+    metrics = summarise(records, output.name, model, config)
+    write_jsonl(output / "predictions.jsonl", records)
+    write_json(output / "metrics.json", metrics)
+    return metrics
