@@ -22,17 +22,24 @@ if TYPE_CHECKING:
     from mmpr.sample import SampleReport
 
 
-def print_table(title: str, rows: Sequence[tuple[str, ...]], columns: Sequence[str]) -> None:
-    """A small table on stdout; the first column to the left, the others to the right."""
+def print_table(
+    title: str, rows: Sequence[tuple[str, ...]], columns: Sequence[str] = (), *, right: int = 0
+) -> None:
+    """A small table on stdout under its title; column number `right` is set to the right."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+    console = Console()
+    # apart from the table, which would break a long title at its own width
+    console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True, highlight=False)
+    table = Table(show_header=bool(columns))
+    for index in range(len(rows[0])):
+        header = columns[index] if columns else ""
+        table.add_column(header, justify="right" if right and index == right else "left")
     for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)
 
 
 def _beside(output: Path, suffix: str) -> Path:
@@ -149,7 +156,7 @@ def _print_verify(output: Path, report: VerifyReport) -> None:
     rows = [(name, str(count), _share(count, report.total)) for name, count in outcomes.items()]
     rows.append(("format followed", str(report.format_ok), _share(report.format_ok, report.total)))
     title = f"{output}: {report.total} rollouts of {len(report.questions)} questions"
-    print_table(title, rows, ("outcome", "rollouts", "share"))
+    print_table(title, rows, ("outcome", "rollouts", "share"), right=1)
     for reason, count in report.reasons.most_common(3):
         print(f"cannot judge ({count}): {reason}")
 
@@ -236,7 +243,7 @@ def _print_pairs(output: Path, report: PairReport) -> None:
         ("mean characters, rejected", f"{facts['mean_rejected_chars']:.1f}"),
         ("chosen is the longer", f"{facts['share_chosen_longer']:.1%}"),
     ]
-    print_table(f"{output}: {report.pairs} pairs", rows, ("", "number"))
+    print_table(f"{output}: {report.pairs} pairs", rows, right=1)
 
 
 def run_select(args: argparse.Namespace) -> None:
@@ -253,20 +260,31 @@ def run_select(args: argparse.Namespace) -> None:
     write_jsonl(args.output, selected)
     write_json(_beside(args.output, ".stats.json"), report.as_dict())
     _print_select(args, report)
+    _tell_image_root(rows, args.output)
     _tell_bad(quarantine)
+
+
+def _tell_image_root(rows: Sequence[Row], output: Path) -> None:
+    """Say so when the images, whose paths stay as they were, do not lie beside the output."""
+    name = next((name for row in rows for name in row.images), None)
+    if name is not None and not (output.parent / name).is_file():
+        print(
+            f"image paths are as in the questions ({name}) and do not start from "
+            f"{output.parent}: give --image-root to what reads {output.name}"
+        )
 
 
 def _print_select(args: argparse.Namespace, report: SelectReport) -> None:
     most = max(1, *report.histogram.values())
     rows = [
-        (name, str(count), ("█" * round(30 * count / most)).ljust(30))
+        (name, str(count), "█" * round(30 * count / most))
         for name, count in report.histogram.items()
     ]
     title = (
         f"{args.output}: {report.selected} of {report.questions} questions with accuracy in "
         f"[{args.min_accuracy:g}, {args.max_accuracy:g}]"
     )
-    print_table(title, rows, ("accuracy", "questions", ""))
+    print_table(title, rows, ("accuracy", "questions", ""), right=1)
     print(
         f"too hard {report.too_hard}, too easy {report.too_easy}, "
         f"could not be judged {report.not_judged}"
@@ -280,4 +298,4 @@ def run_stats(args: argparse.Namespace) -> None:
     rows = read_rows(args.file, kind=kind, quarantine=quarantine)
     facts = summarise([row.data for row in rows], kind)
     facts["bad rows"] = str(quarantine.count)
-    print_table(str(args.file), list(facts.items()), ("", ""))
+    print_table(str(args.file), list(facts.items()))
