@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from cascade.world import example_texts
 
@@ -50,68 +49,40 @@ CHAT_TEMPLATE = (
 IMAGE_MEAN, IMAGE_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-@dataclass(frozen=True)
-class TinySize:
-    """Widths of a tiny model; head size is 32 in the LLM and vit_width / 4 in the ViT."""
-
-    vit_layers: int
-    vit_width: int
-    llm_layers: int
-    llm_width: int
-    llm_heads: int
-    llm_kv_heads: int
-    llm_mlp: int
-
-
-# "demo" is what `cascade demo` trains; "mini" is for tests that only need the plumbing.
-SIZES = {
-    "demo": TinySize(2, 64, 2, 128, llm_heads=4, llm_kv_heads=2, llm_mlp=384),
-    "mini": TinySize(1, 32, 2, 64, llm_heads=2, llm_kv_heads=1, llm_mlp=128),
-}
-
-
-def make_tiny_model(
-    out: Path, *, seed: int, image_size: int = 56, preset: Literal["demo", "mini"] = "demo"
-) -> None:
+def make_tiny_model(out: Path, *, seed: int, image_size: int = 56) -> None:
     """Write a random tiny InternVL with its processor to the folder `out`, the same per seed.
 
     image_size: side of a tile in pixels, a multiple of 28 (patch 14, pixel shuffle by 2); a tile
-    is (image_size / 28)^2 image tokens. Raises ValueError for an unknown preset or size.
+    is (image_size / 28)^2 image tokens. Raises ValueError for another size.
     """
     import torch
     from transformers import GenerationConfig, InternVLForConditionalGeneration
 
-    if preset not in SIZES:
-        raise ValueError(f"preset must be one of {sorted(SIZES)}, not {preset!r}")
     if image_size <= 0 or image_size % 28:
         raise ValueError(f"image_size must be a positive multiple of 28, not {image_size}")
     processor = make_processor(image_size)
-    config = make_config(processor.tokenizer, SIZES[preset], image_size)
+    config = make_config(processor.tokenizer, image_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = InternVLForConditionalGeneration(config)
         positions = model.model.vision_tower.embeddings.position_embeddings
         torch.nn.init.normal_(positions, std=0.3)
-    ids = processor.tokenizer
     model.generation_config = GenerationConfig(
-        eos_token_id=ids.convert_tokens_to_ids(IM_END),
-        pad_token_id=ids.convert_tokens_to_ids(END_OF_TEXT),
+        eos_token_id=config.text_config.eos_token_id, pad_token_id=config.text_config.pad_token_id
     )
     model.save_pretrained(out)
     processor.save_pretrained(out)
 
 
-def make_config(
-    tokenizer: PreTrainedTokenizerFast, size: TinySize, image_size: int
-) -> InternVLConfig:
-    """Return the configuration of a tiny InternVL of that size, for tiles of image_size pixels."""
+def make_config(tokenizer: PreTrainedTokenizerFast, image_size: int) -> InternVLConfig:
+    """Return the configuration of a model of 0.67 M parameters, for tiles of image_size pixels."""
     from transformers import InternVLConfig
 
     vision = {
-        "hidden_size": size.vit_width,
-        "num_hidden_layers": size.vit_layers,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "intermediate_size": 4 * size.vit_width,
+        "intermediate_size": 256,
         "attention_bias": True,
         "image_size": image_size,
         "patch_size": 14,
@@ -120,12 +91,12 @@ def make_config(
     text = {
         "model_type": "qwen3",
         "vocab_size": len(tokenizer),
-        "hidden_size": size.llm_width,
-        "num_hidden_layers": size.llm_layers,
-        "num_attention_heads": size.llm_heads,
-        "num_key_value_heads": size.llm_kv_heads,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "head_dim": 32,
-        "intermediate_size": size.llm_mlp,
+        "intermediate_size": 384,
         "max_position_embeddings": 4096,
         "initializer_range": 0.05,
         "tie_word_embeddings": False,

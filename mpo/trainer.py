@@ -84,7 +84,8 @@ class MPOTrainer(PackedTrainer):
             "template": str(self.encoder.processor.chat_template),
         }
         key = reference_key(checksum(model.state_dict().items()), rows, settings)
-        path = Path(self.args.output_dir or "") / f"reference-{name}.safetensors"
+        # in a folder of its own: loaders take every safetensors file beside a config for weights
+        path = Path(self.args.output_dir or "") / "reference" / f"{name}.safetensors"
         values = load_reference(path, key)
         if values is None:
             model.eval()
