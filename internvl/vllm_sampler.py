@@ -143,18 +143,36 @@ class VLLMSampler:
             parallel_state.destroy_distributed_environment()
         gc.collect()
 
+    def engine_inputs(self, request: SampleRequest, max_tiles: int) -> tuple[list[int], Tensor]:
+        """What the engine will see: expanded prompt ids, and pixels [X, 3, H, W] in float32.
+
+        For checks: they must equal internvl.chat's `encode_prompt` and `normalize_tiles`.
+        """
+        import torch
+
+        rendered = self._render(request, max_tiles, skip_mm_cache=True)
+        images = rendered.get("mm_kwargs", {}).get("image", [])
+        pixels = [item["pixel_values"].data for item in images]
+        side = self._processor.image_processor.size
+        empty = torch.zeros(0, 3, side["height"], side["width"])
+        return list(rendered["prompt_token_ids"]), torch.cat([empty, *pixels])
+
+    def _render(self, request: SampleRequest, max_tiles: int, **options: bool) -> Any:
+        """The request as the engine takes it: expanded ids and processed pixels."""
+        text = render_prompt(self._processor, request.question)
+        prompt: dict[str, Any] = {"prompt_token_ids": encode_text(self._processor, text)}
+        if request.images:
+            prompt["multi_modal_data"] = {"image": list(request.images)}
+            prompt["mm_processor_kwargs"] = tile_settings(len(request.images), max_tiles)
+        (rendered,) = self._llm.llm_engine.renderer.render_cmpl([prompt], **options)
+        return rendered
+
     def _enqueue(self, request: SampleRequest, config: SamplingConfig) -> str:
         """Hand one request to the engine; returns its id."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        engine = self._llm.llm_engine
-        text = render_prompt(self._processor, request.question)
-        prompt: dict[str, Any] = {"prompt_token_ids": encode_text(self._processor, text)}
-        if request.images:
-            prompt["multi_modal_data"] = {"image": list(request.images)}
-            prompt["mm_processor_kwargs"] = tile_settings(len(request.images), config.max_tiles)
-        (rendered,) = engine.renderer.render_cmpl([prompt])
+        rendered = self._render(request, config.max_tiles)
         length = len(rendered["prompt_token_ids"])
         if length >= self._max_model_len:
             raise too_long(request, length, self._max_model_len)
@@ -174,7 +192,7 @@ class VLLMSampler:
         )
         self._next_id += 1
         request_id = str(self._next_id)
-        engine.add_request(request_id, rendered, params)
+        self._llm.llm_engine.add_request(request_id, rendered, params)
         return request_id
 
     def _completions(self, output: Any) -> list[Completion]:

@@ -1,6 +1,19 @@
-"""Shared by all tests: tests that need an accelerator are skipped where there is none."""
+"""Shared by all tests: the tiny model, a very small world, and one start of vLLM.
+
+Tests that need an accelerator are skipped where there is none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from internvl.sampler import Sampler
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -12,3 +25,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder with the tiny InternVL, random weights; not to be written to."""
+    from cascade.tiny import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    make_tiny_model(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo world of a few charts a split; not to be written to."""
+    from cascade.world import WorldSizes, make_world
+
+    folder = tmp_path_factory.mktemp("tiny-world")
+    sizes = WorldSizes(sft=32, mixed=32, probe=8, preference=8, rl=16, heldout=8)
+    make_world(folder, seed=0, sizes=sizes)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vllm_sampler(tiny_model: Path) -> Iterator[Sampler]:
+    """The tiny model in vLLM; who changes its weights puts them back.
+
+    Mark tests that use it with `pytest.mark.xdist_group("vllm")`: a start takes seconds, and so
+    one test process makes the only one.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    from internvl.sampler import open_sampler
+
+    sampler = open_sampler(tiny_model, backend="vllm", max_model_len=512)
+    yield sampler
+    sampler.close()

@@ -1,0 +1,233 @@
+"""The demo world and the tiny model: right answers, no shared images, the same per seed."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cascade.world
+from cascade.tiny import make_tiny_model, make_tokenizer
+from cascade.world import (
+    CARELESS_ERROR,
+    COLOURS,
+    SPLITS,
+    UNIT,
+    Chart,
+    WorldSizes,
+    careful_text,
+    careless_text,
+    example_texts,
+    make_chart,
+    make_world,
+    question_text,
+)
+from internvl.chat import eos_token_id, forbidden_token_ids, load_processor
+from internvl.data import Quarantine, check_images, read_rows
+from rewards import verify
+
+SMALL = WorldSizes(sft=6, mixed=6, probe=3, preference=4, rl=5, heldout=4)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the marker (it holds a duration)."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "world.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def bar_heights(image: Image.Image) -> dict[str, int]:
+    """Heights in units, read from the pixels, from left to right."""
+    pixels = np.asarray(image, dtype=float)
+    palette = np.array(list(COLOURS.values()), dtype=float)
+    distance = np.abs(pixels[:, :, None] - palette).sum(-1)
+    nearest, near = distance.argmin(-1), distance.min(-1) < 100
+    places, heights = {}, {}
+    for index, colour in enumerate(COLOURS):
+        mask = (nearest == index) & near
+        heights[colour] = round(mask.sum(0).max() / UNIT)
+        places[colour] = mask.sum(0).argmax()
+    return {colour: heights[colour] for colour in sorted(COLOURS, key=places.__getitem__)}
+
+
+def test_charts_show_what_their_records_say() -> None:
+    for index in range(50):
+        chart, image, record = make_chart(3, "heldout", index)
+        assert bar_heights(image) == chart.heights
+        assert image.size == (56, 56)
+        a, b = chart.operands
+        assert chart.result == (a + b if chart.operation == "sum" else a - b)
+        assert record["answer"] == str(chart.result)
+        assert record["question"].startswith("<image>\nWhat is the ")
+        verdict = verify(record["solution"], record["answer"], matcher=record["matcher"])
+        assert verdict.outcome == "correct" and verdict.format_ok
+
+
+def test_texts() -> None:
+    chart = Chart({"blue": 2, "red": 7, "yellow": 4, "green": 9}, "difference", "blue", "red")
+    assert question_text("difference", "blue", "red") == "What is the blue bar minus the red bar?"
+    assert question_text("sum", "green", "red") == "What is the sum of the green and red bars?"
+    assert careful_text(chart) == (
+        "The blue bar is 2. The red bar is 7. 2 - 7 = -5. Final Answer: -5"
+    )
+    assert careless_text(9) == "It looks clear from the chart. Final Answer: 9"
+
+
+def test_sums_and_differences_are_equally_common_and_answers_are_spread() -> None:
+    charts = [make_chart(0, "rl", index)[0] for index in range(600)]
+    differences = sum(chart.operation == "difference" for chart in charts)
+    assert 240 < differences < 360
+    results = [chart.result for chart in charts]
+    assert min(results) < -5 and max(results) > 15
+    most_common = max(results.count(value) for value in set(results))
+    assert most_common / len(results) < 0.15  # what a constant answer would score
+
+
+def test_mixed_answers_are_careless_six_times_in_ten() -> None:
+    errors = []
+    for index in range(500):
+        chart, _, record = make_chart(0, "mixed", index)
+        completion = record["conversations"][1]["value"]
+        value = int(re.findall(r"-?\d+", completion)[-1])
+        if completion == careless_text(value):
+            errors.append(value - chart.result)
+        else:
+            assert completion == careful_text(chart)
+    assert 250 < len(errors) < 350
+    assert set(errors) == set(range(-CARELESS_ERROR, CARELESS_ERROR + 1))
+
+
+def test_splits_share_no_image(tiny_world: Path) -> None:
+    seen: dict[bytes, Path] = {}
+    for path in sorted((tiny_world / "images").rglob("*.png")):
+        pixels = Image.open(path).tobytes()
+        assert pixels not in seen, f"{path} shows the same as {seen[pixels]}"
+        seen[pixels] = path
+    assert len(seen) == sum(json.loads((tiny_world / "world.json").read_text())["sizes"].values())
+
+
+def test_every_split_reads_back_clean(tiny_world: Path) -> None:
+    quarantine = Quarantine(None)
+    for split, kind in SPLITS.items():
+        rows = read_rows(
+            tiny_world / f"{split}.jsonl",
+            quarantine=quarantine,
+            kind="question" if kind == "question" else "conversation",
+        )
+        assert check_images(rows, quarantine=quarantine) == rows
+        assert [row.data["id"] for row in rows] == [f"{split}-{i:05d}" for i in range(len(rows))]
+        if kind == "careful":
+            assert all("The " in row.data["conversations"][1]["value"] for row in rows)
+    assert quarantine.count == 0
+
+
+def test_same_seed_same_bytes_in_one_process_or_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_world(tmp_path / "one", seed=5, sizes=SMALL)
+    monkeypatch.setattr(cascade.world, "CHUNK", 2)  # more than four chunks: a pool does them
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    make_world(tmp_path / "two", seed=5, sizes=SMALL)
+    make_world(tmp_path / "other", seed=6, sizes=SMALL)
+    one = contents(tmp_path / "one")
+    assert len(one) == sum(asdict(SMALL).values()) + len(SPLITS)
+    assert one == contents(tmp_path / "two")
+    assert one.keys() == contents(tmp_path / "other").keys()
+    other = contents(tmp_path / "other")
+    assert not [name for name in one if name.endswith(".png") and one[name] == other[name]]
+
+
+def test_a_finished_world_is_left_alone_and_a_broken_off_one_is_made_again(tmp_path: Path) -> None:
+    make_world(tmp_path, seed=5, sizes=SMALL)
+    before = contents(tmp_path)
+    (tmp_path / "rl.jsonl").unlink()
+    make_world(tmp_path, seed=5, sizes=SMALL)
+    assert not (tmp_path / "rl.jsonl").exists()  # the marker says that it is finished
+    (tmp_path / "world.json").unlink()  # so it was killed before it was finished
+    make_world(tmp_path, seed=5, sizes=SMALL)
+    assert contents(tmp_path) == before
+    make_world(tmp_path, seed=6, sizes=SMALL)
+    assert contents(tmp_path) != before
+    assert json.loads((tmp_path / "world.json").read_text())["seed"] == 6
+
+
+def test_every_word_and_number_of_the_world_is_one_token() -> None:
+    tokenizer = make_tokenizer(example_texts())
+    assert 300 < len(tokenizer) < 400
+    for index in range(200):
+        chart, _, _ = make_chart(1, "rl", index)
+        for text in (careful_text(chart), careless_text(chart.result - CARELESS_ERROR)):
+            ids = tokenizer(text)["input_ids"]
+            pieces = [tokenizer.decode([token]) for token in ids]
+            words = [piece for piece in pieces if piece not in (".", ":")]
+            assert words[1:] == [
+                f" {word}" for word in text.replace(".", "").replace(":", "").split()[1:]
+            ]
+            assert tokenizer.decode(ids) == text
+    assert len(tokenizer(careful_text(chart))["input_ids"]) == 22
+
+
+@pytest.mark.parametrize(
+    "text", ["3.5 - -12 = 15.5?\n\n  \t{x_1}", "\u56fe\u4e2d na\u00efve", " a"]
+)
+def test_any_text_comes_back_unchanged(text: str) -> None:
+    tokenizer = make_tokenizer(example_texts())
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_tiny_model_is_loaded_by_the_auto_classes_and_answers_a_chat(tiny_model: Path) -> None:
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    processor = load_processor(str(tiny_model))
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model)
+    _, image, _ = make_chart(0, "rl", 0)
+    asked = question_text("sum", "green", "red")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": asked}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    assert processor.decode(inputs["input_ids"][0]) == (
+        f"<|im_start|>user\n<img>{'<IMG_CONTEXT>' * 4}</img>\n{asked}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert inputs["input_ids"].shape == (1, 26)
+    assert inputs["pixel_values"].shape == (1, 3, 56, 56)
+    out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert 26 < out.shape[1] <= 30
+    assert model.generation_config.eos_token_id == eos_token_id(processor)
+    assert len(forbidden_token_ids(processor)) == 4
+
+    assert 600_000 < sum(weight.numel() for weight in model.parameters()) < 700_000
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+    spread = model.model.vision_tower.embeddings.position_embeddings.std().item()
+    assert spread == pytest.approx(0.3, abs=0.03)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            assert weight.std().item() == pytest.approx(0.05, abs=0.003), name
+
+
+def test_tiny_model_is_the_same_per_seed(tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+
+    state = torch.get_rng_state()
+    make_tiny_model(tmp_path / "same", seed=0)
+    make_tiny_model(tmp_path / "other", seed=1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert contents(tmp_path / "same") == contents(tiny_model)
+    weights = "model.safetensors"
+    assert contents(tmp_path / "other")[weights] != contents(tiny_model)[weights]
+
+
+def test_an_image_size_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="multiple of 28, not 60"):
+        make_tiny_model(tmp_path, seed=0, image_size=60)
