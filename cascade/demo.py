@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from cascade.stages import Manifest, Stage, run_stages
+from cascade.stages import Driver, Manifest, Stage
 from internvl.data import write_json
 from internvl.errors import UserError
 
@@ -160,7 +160,7 @@ class Demo:
             "--model", str(self._model(stage)), "--output", str(folder), "--seed", str(self.seed),
             "--backend", self.backend, "--count", f"careless={CARELESS}", *self._flags("evaluate"),
         ]  # fmt: skip
-        return self._stage(f"evaluate.{stage}", command, folder, stage)
+        return Stage(f"evaluate.{stage}", ["-m", *command], folder, (stage,), background=True)
 
 
 # one process, no questions asked; what accelerate would otherwise warn about
@@ -191,7 +191,7 @@ def run_demo(run: Path, *, seed: int, preset: str, control: bool, backend: str) 
 
     demo = Demo(run, seed, preset, control, backend, load_recipe(preset))
     manifest = Manifest(run / "manifest.json", seed, preset)
-    run_stages(demo.stages(), manifest)
+    Driver(manifest).run_stages(demo.stages())
     write_json(run / "summary.json", summary(run, manifest, control))
     report = write_report(run)
     console = Console()
