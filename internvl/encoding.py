@@ -37,8 +37,8 @@ class Encoder:
     """
 
     processor: InternVLProcessor
-    max_tiles: int
-    max_length: int
+    max_tiles: int = 12
+    max_length: int = 2**31
 
     def completions(self, row: Row, completions: Sequence[list[int]]) -> Example:
         """A question (or pair) row's prompt with the given completions' ids."""

@@ -13,7 +13,6 @@ from transformers import InternVLProcessor
 
 from internvl.checkpoint import checksum
 from internvl.data import Row
-from internvl.encoding import Encoder
 from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
 from mpo.config import MPOConfig
@@ -50,12 +49,9 @@ class MPOTrainer(PackedTrainer):
         args: MPOConfig,
         train_dataset: Sequence[Row],
         processing_class: InternVLProcessor,
-        *,
-        encoder: Encoder,
         eval_dataset: Sequence[Row] | None = None,
         **kwargs: Any,
     ):
-        self.encoder = encoder
         self.shift = RewardShift()
         self._step_rewards = {"total": 0.0, "count": 0.0}
         self._announced = False

@@ -21,7 +21,6 @@ from transformers import InternVLProcessor
 from internvl.chat import forbidden_token_ids
 from internvl.checkpoint import full_weights
 from internvl.data import Row, append_jsonl, dump_line
-from internvl.encoding import Encoder
 from internvl.errors import UserError
 from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
@@ -61,11 +60,9 @@ class RLTrainer(PackedTrainer):
         train_dataset: Sequence[Row],
         processing_class: InternVLProcessor,
         *,
-        encoder: Encoder,
         sampler: Sampler,
         **kwargs: Any,
     ):
-        self.encoder = encoder
         self.sampler = sampler
         self.rows = train_dataset
         self._forbidden = forbidden_token_ids(processing_class)

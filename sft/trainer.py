@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from internvl.data import Row
-from internvl.encoding import Encoder
 from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
 from sft.config import SFTConfig
@@ -82,8 +81,7 @@ class StopWhenLearned(TrainerCallback):
 class SFTTrainer(PackedTrainer):
     """Supervised fine-tuning of InternVL on conversations (rows of kind "conversation")."""
 
-    def __init__(self, *args: Any, encoder: Encoder, **kwargs: Any):
-        self.encoder = encoder
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._schedule: CooldownSchedule | None = None
         config = self.sft_args

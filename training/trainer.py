@@ -28,6 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from internvl.chat import normalize_tiles
 from internvl.checkpoint import checksum, load_weights
+from internvl.encoding import Encoder
 from internvl.errors import UserError
 from internvl.logprobs import TokenScores
 from internvl.model import InternVLForConditionalGeneration, adopt
@@ -62,7 +63,8 @@ class PackedTrainer(Trainer):
 
     model: InternVL (transformers' or ours). args: the stage's options. train_dataset,
     eval_dataset: sequences of rows that `encode` understands. processing_class: the checkpoint's
-    InternVLProcessor. peft_config: a PEFT configuration for adapter training.
+    InternVLProcessor. peft_config: a PEFT configuration for adapter training. encoder: how rows
+    become ids and tiles; by default from `processing_class` and the options.
     """
 
     # the names that every Example of the stage carries, for the filler of an idle rank
@@ -77,6 +79,7 @@ class PackedTrainer(Trainer):
         processing_class: InternVLProcessor,
         eval_dataset: Sequence[Any] | None = None,
         peft_config: Any = None,
+        encoder: Encoder | None = None,
         **kwargs: Any,
     ):
         if args.n_gpu > 1:
@@ -85,6 +88,8 @@ class PackedTrainer(Trainer):
             )
         internvl = adopt(model)
         internvl.config.use_cache = False
+        limit = args.max_length or internvl.config.text_config.max_position_embeddings
+        self.encoder = encoder or Encoder(processing_class, args.max_tiles, limit)
         if args.freeze_vision:
             internvl.model.vision_tower.requires_grad_(False)
             internvl.model.multi_modal_projector.requires_grad_(False)
