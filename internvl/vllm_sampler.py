@@ -159,13 +159,19 @@ class VLLMSampler:
 
     def _render(self, request: SampleRequest, max_tiles: int, **options: bool) -> Any:
         """The request as the engine takes it: expanded ids and processed pixels."""
-        text = render_prompt(self._processor, request.question)
-        prompt: dict[str, Any] = {"prompt_token_ids": encode_text(self._processor, text)}
+        ids = encode_text(self._processor, render_prompt(self._processor, request.question))
+        self._check_length(request, len(ids))
+        prompt: dict[str, Any] = {"prompt_token_ids": ids}
         if request.images:
             prompt["multi_modal_data"] = {"image": list(request.images)}
             prompt["mm_processor_kwargs"] = tile_settings(len(request.images), max_tiles)
         (rendered,) = self._llm.llm_engine.renderer.render_cmpl([prompt], **options)
+        self._check_length(request, len(rendered["prompt_token_ids"]))
         return rendered
+
+    def _check_length(self, request: SampleRequest, length: int) -> None:
+        if length >= self._max_model_len:
+            raise too_long(request, length, self._max_model_len)
 
     def _enqueue(self, request: SampleRequest, config: SamplingConfig) -> str:
         """Hand one request to the engine; returns its id."""
@@ -173,9 +179,6 @@ class VLLMSampler:
         from vllm.sampling_params import RequestOutputKind
 
         rendered = self._render(request, config.max_tiles)
-        length = len(rendered["prompt_token_ids"])
-        if length >= self._max_model_len:
-            raise too_long(request, length, self._max_model_len)
         params = SamplingParams(
             n=config.n,
             temperature=config.temperature,
