@@ -8,6 +8,10 @@ What vLLM 0.31 needs to be exact, each found by a measurement:
   feature of the old weights must not be used again. A tied lm_head is not refreshed on a CPU;
 - on a CPU, no chunked prefill: a request with its own seed that is cut in two dies with "CPU
   Generator does not use offset".
+
+Speed on a CPU: a tiny model spends its time in vLLM's scheduling, in Python, so one thread
+(OMP_NUM_THREADS=1) is as fast as two; two that wait for each other on a busy machine are ten times
+slower, unless OMP_WAIT_POLICY=passive.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ TOLERANCE = 1e-4  # the project's bar in float32; about 2e-6 is seen
 
 @pytest.fixture(scope="module")
 def requests() -> list[SampleRequest]:
-    """Charts, an image of seven tiles, two images in one prompt, and a prompt without image."""
+    """Charts, an image of seven tiles, two images, no image, and a long prompt."""
     made = []
     for index in range(13):
         _, image, record = make_chart(0, "rl", index)
@@ -49,6 +49,8 @@ def requests() -> list[SampleRequest]:
     both = (one, other.resize((112, 56)))
     made.append(SampleRequest("<image> and <image>\nWhich is taller?", both, seed=101))
     made.append(SampleRequest("What is 2 + 7?", (), seed=102))
+    # Longer than a block of vLLM's key-value cache, so that its prefix cache has work to do.
+    made.append(SampleRequest("<image>\n" + "The red bar is 7. " * 40, (other,), seed=103))
     return made
 
 
