@@ -18,7 +18,8 @@ def group_advantages(rewards: Sequence[float | None], *, scale: bool = True) -> 
     [0.5, -0.5, 0.0]
     """
     judged = [reward for reward in rewards if reward is not None]
-    if len(judged) < 2:
+    # compared and not left to the difference: 0.1 three times has a mean that rounds away from 0.1
+    if not judged or min(judged) == max(judged):
         return [0.0] * len(rewards)
     mean = math.fsum(judged) / len(judged)
     variance = math.fsum((reward - mean) ** 2 for reward in judged) / (len(judged) - 1)

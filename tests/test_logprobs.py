@@ -1,0 +1,225 @@
+"""Chunked log-probabilities, their options, and what is computed how often.
+
+Invariants 2 and 3 of the design: an image is seen once and a prompt once; no [tokens, vocabulary].
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_cases import Cases, packed_loss
+from plain import gradient_error, gradients, plain_logits, plain_logprobs
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from internvl.chat import forbidden_token_ids
+from internvl.errors import UserError
+from internvl.logprobs import score_tokens
+from internvl.packing import PackedBatch, pack, plan_microbatches
+
+
+@pytest.fixture(scope="module")
+def cases(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Cases:
+    return Cases(tiny_model, tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def batch(cases: Cases) -> PackedBatch:
+    return pack(cases.examples)
+
+
+def vocabulary(cases: Cases) -> int:
+    return int(cases.model.config.text_config.vocab_size)
+
+
+# ---------------------------------------------------------------- chunks
+
+
+@given(st.integers(0, 13), st.integers(1, 15), st.booleans(), st.sampled_from([1.0, 0.7]))
+@settings(max_examples=40, deadline=None)
+def test_chunks_are_the_whole(tokens: int, rows: int, forbid: bool, temperature: float) -> None:
+    """Value and gradient of any chunk size equal one plain log_softmax."""
+    vocab = 17
+    generator = torch.Generator().manual_seed(tokens)
+    head = torch.nn.Linear(5, vocab, bias=False)
+    torch.nn.init.normal_(head.weight, generator=generator)
+    hidden = torch.randn(tokens, 5, generator=generator).requires_grad_()
+    targets = torch.randint(3, vocab, (tokens,), generator=generator)
+    forbidden = [0, 2] if forbid else []
+
+    logits = head(hidden) / temperature
+    logits[:, forbidden] = -torch.inf
+    every = logits.log_softmax(1)
+    expected = every[torch.arange(tokens), targets]
+    wanted = torch.autograd.grad(expected.sum(), (hidden, head.weight))
+    probabilities = every.exp()
+    entropy = -torch.where(probabilities > 0, probabilities * every, 0.0).sum(1)
+
+    scores = score_tokens(
+        *(hidden, targets, head),
+        temperature=temperature,
+        forbidden=forbidden,
+        with_entropy=True,
+        vocab_size=vocab,
+        max_logits=rows * vocab,
+    )
+    assert torch.allclose(scores.logprobs, expected, atol=1e-6)
+    assert scores.entropy is not None and not scores.entropy.requires_grad
+    assert torch.allclose(scores.entropy, entropy, atol=1e-6)
+    found = torch.autograd.grad(scores.logprobs.sum(), (hidden, head.weight))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_model_in_chunks(cases: Cases, batch: PackedBatch, rows: int) -> None:
+    whole = packed_loss(cases, batch, 12)
+    whole.backward()
+    expected = gradients(cases.model)
+    chunked = packed_loss(cases, batch, 12, max_logits=rows * vocabulary(cases))
+    chunked.backward()
+    assert chunked.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert gradient_error(gradients(cases.model), expected) < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_temperature_and_forbidden_ids(
+    cases: Cases, batch: PackedBatch, temperature: float
+) -> None:
+    """As the sampler draws: logits / T, no mass on image tokens; entropy of that distribution."""
+    forbidden = forbidden_token_ids(cases.processor)
+    image_token = cases.processor.image_token_id
+    assert len(forbidden) == 4 and image_token in forbidden
+    options: dict[str, Any] = {"temperature": temperature, "forbidden": forbidden}
+    theirs = [part for p in cases.plain for part in plain_logprobs(cases.plain_model, p, **options)]
+    scores = cases.score(batch, with_entropy=True, **options)
+    assert (scores.logprobs - torch.cat(theirs)).abs().max() < 1e-5
+    without = cases.score(batch).logprobs
+    assert (scores.logprobs - without).abs().max() > 1e-4  # the options do something
+
+    plain = cases.plain[0]
+    logits = plain_logits(cases.plain_model, plain, plain.completions[0]) / temperature
+    logits[:, forbidden] = -torch.inf
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    assert scores.entropy is not None
+    assert (scores.entropy[: len(entropy)] - entropy).abs().max() < 1e-5
+
+
+def test_entropy_is_not_computed_unasked(cases: Cases, batch: PackedBatch) -> None:
+    assert cases.score(batch).entropy is None
+
+
+# ---------------------------------------------------------------- gradient checkpointing
+
+
+def test_gradient_checkpointing_changes_nothing(cases: Cases, batch: PackedBatch) -> None:
+    packed_loss(cases, batch, 12).backward()
+    expected = gradients(cases.model)
+    runs: Counter[str] = Counter()
+    layers = {
+        "vision": cases.model.model.vision_tower.encoder.layer[0].mlp,
+        "language": cases.model.model.language_model.layers[0].mlp,
+    }
+    hooks = [
+        # a pre-hook: recomputing ends at the last tensor that backward needs, inside the module
+        layer.register_forward_pre_hook(lambda *_, name=name: runs.update([name]))
+        for name, layer in layers.items()
+    ]
+    cases.model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        packed_loss(cases, batch, 12).backward()
+    finally:
+        cases.model.gradient_checkpointing_disable()
+        for hook in hooks:
+            hook.remove()
+    assert runs == {"vision": 2, "language": 2}  # once forward, once again in backward
+    found = gradients(cases.model)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+# ---------------------------------------------------------------- how often, how large
+
+
+def test_an_image_and_a_prompt_are_seen_once(cases: Cases) -> None:
+    """Over all micro-batches of a step: each tile once, each prompt once, each completion once."""
+    seen: Counter[str] = Counter()
+    shapes = {"tiles": cases.model.model.vision_tower, "tokens": cases.model.model.language_model}
+
+    def count(name: str, module: torch.nn.Module, args: Any, kwargs: dict[str, Tensor]) -> None:
+        if name == "tiles":
+            seen[name] += len(kwargs["pixel_values"])
+        else:
+            seen[name] += kwargs["inputs_embeds"].shape[1]
+
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda m, a, k, name=name: count(name, m, a, k), with_kwargs=True
+        )
+        for name, module in shapes.items()
+    ]
+    plan = plan_microbatches(cases.examples, max_tokens=100)
+    assert len(plan) > 2
+    for members in plan:
+        packed_loss(cases, pack(cases.examples, members), 12).backward()
+    for hook in hooks:
+        hook.remove()
+    cases.model.zero_grad()
+    pictureless = sum(not any(cases.examples[i].num_tiles for i in members) for members in plan)
+    images = sum(example.num_tiles for example in cases.examples)
+    assert seen["tiles"] == images + pictureless  # a dummy tile where a micro-batch has no image
+    prompts = sum(len(example.prompt_ids) for example in cases.examples)
+    completions = sum(len(ids) for example in cases.examples for ids in example.completions)
+    assert seen["tokens"] == prompts + completions
+
+
+class LargestLogits(TorchDispatchMode):
+    """Looks at every tensor that any operation makes, in forward and backward."""
+
+    def __init__(self, vocab: int):
+        super().__init__()
+        self.vocab = vocab
+        self.rows = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in self._tensors(out):
+            # [rows, vocab] and not the head's own [hidden, vocab], transposed
+            if tensor.ndim == 2 and tensor.shape[1] == self.vocab and tensor.shape[0] != 128:
+                self.rows = max(self.rows, tensor.shape[0])
+        return out
+
+    def _tensors(self, out: Any) -> Iterable[Tensor]:
+        if isinstance(out, Tensor):
+            yield out
+        elif isinstance(out, tuple | list):
+            for item in out:
+                yield from self._tensors(item)
+
+
+def test_no_tensor_of_tokens_by_vocabulary(cases: Cases, batch: PackedBatch) -> None:
+    """With max_logits = 5 rows, five rows of logits are the most that is ever made."""
+    vocab = vocabulary(cases)
+    with LargestLogits(vocab) as watch:
+        packed_loss(cases, batch, 12, max_logits=5 * vocab + 1).backward()
+    assert watch.rows == 5
+    with LargestLogits(vocab) as watch:  # the watch sees what it is meant to see
+        packed_loss(cases, batch, 12).backward()
+    assert watch.rows == len(batch.targets) > 100
+    cases.model.zero_grad()
+
+
+def test_wrong_number_of_image_slots_is_an_error(cases: Cases) -> None:
+    example = cases.examples[0]
+    wrong = pack([example])
+    wrong.image_positions = wrong.image_positions[1:]
+    with pytest.raises(UserError, match="3 image slots but 4 image features"):
+        cases.score(wrong)
