@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from internvl.attention import SHARED_PREFIX
@@ -39,8 +40,8 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> InternVLForCondit
             attn_implementation={"text_config": SHARED_PREFIX, "vision_config": "sdpa"},
             output_loading_info=True,
         )
-    except OSError as error:
-        raise UserError(f"{path}: {error}") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: the weights cannot be loaded: {error}") from None
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := info[fault]:
             shown = ", ".join(sorted(map(str, names))[:5])

@@ -13,6 +13,7 @@ from transformers import InternVLProcessor
 
 from internvl.checkpoint import checksum
 from internvl.data import Row
+from internvl.errors import UserError
 from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
 from mpo.config import MPOConfig
@@ -55,6 +56,7 @@ class MPOTrainer(PackedTrainer):
         self.shift = RewardShift()
         self._step_rewards = {"total": 0.0, "count": 0.0}
         self._announced = False
+        self._reference_keys: dict[str, str] = {}  # of the "train" and "eval" pairs
         super().__init__(model, args, train_dataset, processing_class, **kwargs)
         self._weights = args.weights
         self.train_dataset: Any = self._with_reference(train_dataset, "train")
@@ -80,6 +82,7 @@ class MPOTrainer(PackedTrainer):
             "template": str(self.encoder.processor.chat_template),
         }
         key = reference_key(checksum(model.state_dict().items()), rows, settings)
+        self._reference_keys[name] = key
         # in a folder of its own: loaders take every safetensors file beside a config for weights
         path = Path(self.args.output_dir or "") / "reference" / f"{name}.safetensors"
         values = load_reference(path, key)
@@ -189,9 +192,18 @@ class MPOTrainer(PackedTrainer):
             )
 
     def stage_state(self) -> dict[str, Any]:
-        """delta's sum and count."""
-        return {"reward_total": self.shift.total, "reward_count": self.shift.count}
+        """delta's sum and count, and what the reference was computed from."""
+        return {
+            "reward_total": self.shift.total,
+            "reward_count": self.shift.count,
+            "reference": self._reference_keys["train"],
+        }
 
     def load_stage_state(self, state: dict[str, Any]) -> None:
-        """Restore delta."""
+        """Restore delta; raises `UserError` when the reference or the pairs are others now."""
+        if state["reference"] != self._reference_keys["train"]:
+            raise UserError(
+                f"{self.args.output_dir}: its checkpoint was made from another model_name_or_path "
+                "or from other pairs; go back to them, or choose another output_dir"
+            )
         self.shift = RewardShift(state["reward_total"], state["reward_count"])

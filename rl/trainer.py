@@ -233,6 +233,12 @@ class RLTrainer(PackedTrainer):
                 "embeddings and caches after a weight update, the sampler's temperature and top-k."
             )
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """PackedTrainer's log; an epoch is a pass over the questions, also after a resume."""
+        taken = self.args.per_device_train_batch_size * self.args.world_size
+        self.state.epoch = self.state.global_step * taken / len(self.rows)
+        super().log(logs, start_time)
+
     # ---- checkpoints ----
 
     def save_rank_state(self, folder: Path) -> None:

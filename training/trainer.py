@@ -47,11 +47,17 @@ _SAME_RUN = (
     "weight_decay",
     "adam_beta1",
     "adam_beta2",
+    "adam_epsilon",
+    "optim",
+    "bf16",
+    "fp16",
     "max_grad_norm",
     "max_steps",
     "num_train_epochs",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_steps",
+    "data_seed",
 )
 # options of ours that may change between a kill and a restart
 _FREE = {"resume", "quarantine_file", "max_bad", "max_tokens_per_microbatch",
@@ -98,6 +104,7 @@ class PackedTrainer(Trainer):
 
             model = get_peft_model(internvl, peft_config)
         self._metrics = Metrics()
+        self._resumed: dict[str, Any] | None = None  # the marker's record of the checkpoint
         super().__init__(
             model=model,
             args=args,
@@ -158,6 +165,8 @@ class PackedTrainer(Trainer):
             batch_sampler=sampler,
             collate_fn=self.collator,
             num_workers=self.args.dataloader_num_workers,
+            # the collator holds the trainer, which other start methods would have to pickle
+            multiprocessing_context="fork" if self.args.dataloader_num_workers else None,
             generator=torch.Generator(),  # the workers' base seed must not move the global RNG
         )
 
@@ -237,6 +246,8 @@ class PackedTrainer(Trainer):
             self._metrics.reduce(self.args.device)
             logs = {**logs, **self._metrics.values()}
             self._metrics = Metrics()
+        if self._resumed is not None:
+            logs.pop("train_loss", None)  # transformers' sum over this process's steps alone
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -283,6 +294,7 @@ class PackedTrainer(Trainer):
         base = {field.name for field in fields(TrainingArguments)}
         own = [f.name for f in fields(self.args) if f.name not in base | _FREE]
         values = {name: getattr(self.args, name) for name in (*_SAME_RUN, *own)}
+        values["train_examples"] = None if self.train_dataset is None else len(self.train_dataset)
         return {
             name: v if isinstance(v, int | float | None) else str(v) for name, v in values.items()
         }
@@ -324,6 +336,8 @@ class PackedTrainer(Trainer):
             record = {
                 "step": self.state.global_step,
                 "weights": checksum(self._trainable()) if self._weights_are_whole else None,
+                "finished": self.control.should_training_stop,
+                "resumable": not self.args.save_only_model,
                 "settings": self.run_settings(),
                 "stage": self.stage_state(),
             }
@@ -342,9 +356,17 @@ class PackedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         record = checkpoints.read_marker(folder)
         if record["weights"] is not None and checksum(self._trainable()) != record["weights"]:
-            raise UserError(f"{folder}: the weights that were loaded are not those that were saved")
+            raise UserError(f"{folder}: the weights that were loaded are not those of the save")
         self.load_stage_state(record["stage"])
         self.load_rank_state(folder)
+        self._resumed = record
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Transformers' epoch; none after the run's last checkpoint, where it would add a step."""
+        if self._resumed is not None and self._resumed["finished"]:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def run(self) -> None:
         """Train, going on from the newest complete checkpoint, and save the result.
@@ -356,8 +378,13 @@ class PackedTrainer(Trainer):
         if self.packed_args.resume == "never" and checkpoints.all_checkpoints(output_dir):
             raise UserError(f"{output_dir} holds checkpoints and resume is 'never'")
         if folder is not None:
-            saved = checkpoints.read_marker(folder)["settings"]
-            checkpoints.check_same_run(folder, saved, self.run_settings())
+            record = checkpoints.read_marker(folder)
+            checkpoints.check_same_run(folder, record["settings"], self.run_settings())
+            if not record["resumable"]:
+                raise UserError(
+                    f"{folder} was saved with save_only_model, so nothing can go on from it; "
+                    "choose another output_dir, or remove the folder"
+                )
         if self.is_world_process_zero():
             for broken in checkpoints.remove_incomplete(output_dir):
                 print(f"{broken}: half-written, removed")
