@@ -163,8 +163,9 @@ class Demo:
         return Stage(f"evaluate.{stage}", ["-m", *command], folder, (stage,), background=True)
 
 
-# one process, no questions asked; what accelerate would otherwise warn about
-LAUNCH = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+# one process, no questions asked; what accelerate would otherwise warn about, and without its own
+# traceback below a stage's one line
+LAUNCH = ["--quiet", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
           "--dynamo_backend", "no"]  # fmt: skip
 
 

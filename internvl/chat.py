@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl.data import IMAGE_PLACEHOLDER
@@ -41,10 +42,13 @@ def load_processor(path: str) -> InternVLProcessor:
     """The processor (tokenizer, image processor, chat template) of a checkpoint folder."""
     from transformers import AutoProcessor, InternVLProcessor
 
+    if not Path(path).is_dir():
+        raise UserError(f"{path}: no such folder; expected an InternVL checkpoint folder")
     try:
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no processor can be loaded from it: {error}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: no processor can be loaded from it: {reason}") from None
     if not isinstance(processor, InternVLProcessor):
         raise UserError(
             f"{path}: its processor is {type(processor).__name__}, expected InternVLProcessor "

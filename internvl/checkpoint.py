@@ -41,7 +41,8 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> InternVLForCondit
             output_loading_info=True,
         )
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: the weights cannot be loaded: {error}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: the weights cannot be loaded: {reason}") from None
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := info[fault]:
             shown = ", ".join(sorted(map(str, names))[:5])

@@ -4,17 +4,45 @@ from __future__ import annotations
 
 from internvl.errors import cli_guard
 
+_ABOUT = """\
+Online reinforcement learning of InternVL by GSPO: groups of completions are sampled from the
+current weights, verified against gold answers, and learned from."""
+_EXAMPLE = """\
+example, rl.yaml:
+
+  model_name_or_path: out/mpo
+  train_file: questions.jsonl
+  output_dir: out/rl
+  max_steps: 400                        # optimizer steps
+  per_device_train_batch_size: 16       # questions of one optimizer step on this device
+  num_generations: 8                    # completions a question
+  max_completion_length: 1024
+
+  python -m rl --config rl.yaml
+  accelerate launch -m rl --config rl.yaml --learning_rate 1e-6 --sampler vllm
+
+One line of questions.jsonl ("image" is relative to the file's folder or to --image_root):
+
+  {"id": "q7", "image": "7.png", "question": "<image>\\nHow many bars are red?", "answer": "3"}
+
+A run that was killed goes on from its newest complete checkpoint when the same command is started
+again. Rows that cannot be used are put aside in output_dir/quarantine.jsonl with file, line and
+reason. An error that you can mend is one line, with exit code 2."""
+
 
 def main() -> None:
     """Train on questions by their verified rollouts and save a checkpoint folder in output_dir."""
     from rl.config import RLConfig
     from training.cli import ModelArguments, parse_config, peft_config
 
-    args, model_args = parse_config([RLConfig, ModelArguments], "python -m rl")
+    args, model_args = parse_config(
+        [RLConfig, ModelArguments], "python -m rl", about=_ABOUT, example=_EXAMPLE
+    )
     from internvl.sampler import open_sampler
     from rl.trainer import RLTrainer
-    from training.stage import open_stage, save_config
+    from training.stage import check_files, open_stage, save_config
 
+    check_files(args.train_file)
     stage = open_stage(model_args, args)
     rows = stage.rows(args.train_file, "question")
     longest = max(stage.encoder.length(row, "question") for row in rows)

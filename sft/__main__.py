@@ -4,16 +4,42 @@ from __future__ import annotations
 
 from internvl.errors import cli_guard
 
+_ABOUT = """\
+Supervised fine-tuning of InternVL: next-token loss on the assistant's turns of conversations."""
+_EXAMPLE = """\
+example, sft.yaml:
+
+  model_name_or_path: ckpt              # an InternVL checkpoint in the HF-native layout
+  train_file: conversations.jsonl       # or InternVL's meta.json
+  output_dir: out/sft
+  per_device_train_batch_size: 64       # conversations of one optimizer step on this device
+  max_tokens_per_microbatch: 16384      # tokens that run at once: memory only, never mathematics
+
+  python -m sft --config sft.yaml
+  accelerate launch -m sft --config sft.yaml --learning_rate 1e-5 --use_peft true
+
+One line of conversations.jsonl ("image" is relative to the file's folder or to --image_root):
+
+  {"id": "s1", "image": "7.png", "conversations": [
+    {"from": "human", "value": "<image>\\nHow many bars are red?"}, {"from": "gpt", "value": "3"}]}
+
+A run that was killed goes on from its newest complete checkpoint when the same command is started
+again. Rows that cannot be used are put aside in output_dir/quarantine.jsonl with file, line and
+reason. An error that you can mend is one line, with exit code 2."""
+
 
 def main() -> None:
     """Train on conversations and save a checkpoint folder in output_dir."""
     from sft.config import SFTConfig
     from training.cli import ModelArguments, parse_config, peft_config
 
-    args, model_args = parse_config([SFTConfig, ModelArguments], "python -m sft")
+    args, model_args = parse_config(
+        [SFTConfig, ModelArguments], "python -m sft", about=_ABOUT, example=_EXAMPLE
+    )
     from sft.trainer import SFTTrainer
-    from training.stage import open_stage, save_config
+    from training.stage import check_files, open_stage, save_config
 
+    check_files(args.train_file, args.eval_file)
     stage = open_stage(model_args, args)
     trainer = SFTTrainer(
         model=stage.model,

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from internvl.errors import UserError
+
+# options of transformers that the packed step, loader or evaluation does not act on
+_NOT_HONOURED: dict[str, Any] = {
+    "auto_find_batch_size": False,
+    "batch_eval_metrics": False,
+    "bf16_full_eval": False,
+    "dataloader_drop_last": False,
+    "dataloader_persistent_workers": False,
+    "dataloader_prefetch_factor": None,
+    "eval_accumulation_steps": None,
+    "eval_use_gather_object": False,
+    "fp16_full_eval": False,
+    "include_for_metrics": [],
+    "label_smoothing_factor": 0.0,
+    "load_best_model_at_end": False,
+    "torch_empty_cache_steps": None,
+}
 
 
 @dataclass
@@ -87,6 +106,9 @@ class PackedTrainingArguments(TrainingArguments):
             raise UserError("remove_unused_columns cannot be true: examples are not columns")
         if self.resume not in ("auto", "never"):
             raise UserError(f"resume is {self.resume!r}; it is 'auto' or 'never'")
+        for name, default in _NOT_HONOURED.items():
+            if getattr(self, name) != default:
+                raise UserError(f"{name} is {getattr(self, name)!r}, which is not supported here")
         if self.group_by_length_asked():
             raise UserError("train_sampling_strategy is ours (one shuffled order for all ranks)")
         super().__post_init__()
@@ -95,6 +117,13 @@ class PackedTrainingArguments(TrainingArguments):
                 "use resume: auto (the default), which goes on from the newest complete "
                 "checkpoint of output_dir; resume_from_checkpoint is not read"
             )
+        available = get_available_reporting_integrations()
+        for name in self.report_to:
+            if name not in available:
+                raise UserError(
+                    f"report_to names {name!r}, which is not installed; there is: "
+                    f"{', '.join(available) or 'none'}"
+                )
 
     def group_by_length_asked(self) -> bool:
         """Whether another sampling order than the shuffled one was asked for."""

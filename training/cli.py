@@ -6,17 +6,20 @@ becomes one line and exit code 2.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from transformers import TrainingArguments
 from trl import TrlParser
 
 from internvl.errors import UserError
+from training.arguments import PackedTrainingArguments
 
 
 @dataclass
@@ -37,51 +40,134 @@ class ModelArguments:
     )
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, the example as it is written, and one spelling of each option."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        spellings = [name for name in action.option_strings if "-" not in name[2:]]
+        name = ", ".join(spellings if action.dest == "help" else spellings[:1])
+        return name if action.nargs == 0 else f"{name} VALUE{' ...' if action.nargs == '+' else ''}"
+
+
 class _Parser(TrlParser):
-    """TRL's parser whose complaints are one line."""
+    """TRL's parser whose complaints are one line, and whose help puts our own options first."""
+
+    def __init__(self, types: Sequence[type], prog: str, about: str, example: str):
+        super().__init__(
+            types,
+            prog=prog,
+            usage=f"{prog} --config FILE.yaml [--key value ...]",
+            description=about,
+            epilog=example,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self._group_by_origin(types)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
 
+    def _group_by_origin(self, types: Sequence[type]) -> None:
+        """Sort the options into help sections: the stage's own, every stage's, transformers'."""
+        theirs = {field.name for field in fields(TrainingArguments)}
+        common = {field.name for field in fields(PackedTrainingArguments)} - theirs
+        model = {field.name for field in fields(ModelArguments)}
+        titles = ["options of this stage", "options of every stage", "the model"]
+        titles.append("options of transformers' TrainingArguments")
+        groups = [self.add_argument_group(title) for title in titles]
+        for action in self._actions:
+            if action.dest in model:
+                place = 2
+            elif action.dest in theirs:
+                place = 3
+            else:
+                place = 1 if action.dest in common else 0
+            groups[place]._group_actions.append(action)
+        self._action_groups = groups
 
-def parse_config(types: Sequence[type], prog: str, argv: Sequence[str] | None = None) -> list[Any]:
+
+def parse_config(
+    types: Sequence[type],
+    prog: str,
+    argv: Sequence[str] | None = None,
+    *,
+    about: str = "",
+    example: str = "",
+) -> list[Any]:
     """Parse `--config FILE.yaml` and flags into the dataclasses `types`.
 
-    Raises `UserError` for a missing file, an unknown key (naming the nearest known one) or a value
-    of the wrong type.
+    about, example: what --help says first and last. Raises `UserError` for a missing file, an
+    unknown key (naming the nearest known one), a value of the wrong type or an impossible option.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(types, prog=prog, allow_abbrev=False)
-    known = {action.dest for action in parser._actions} | {"env"}
+    argv = _config_apart(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(types, prog, about, example)
+    known = {action.dest: action for action in parser._actions if action.nargs != 0}
+    names = {action.dest for action in parser._actions} | {"env"}
     if "--config" in argv:
         place = argv.index("--config") + 1
         if place == len(argv):
             raise UserError("--config needs the path of a YAML file")
-        _check_config(Path(argv[place]), known)
+        _check_config(Path(argv[place]), known, names)
     for flag in argv:
         name = flag.removeprefix("--").split("=")[0].replace("-", "_")
-        if flag.startswith("--") and name not in known | {"config"}:
-            raise UserError(f"unknown option {flag}{_nearest(name, known)}")
+        if flag.startswith("--") and name not in names | {"config"}:
+            raise UserError(f"unknown option {flag}{_nearest(name, names)}")
     try:
         return list(parser.parse_args_and_config(argv))
     except UserError:
         raise
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(" ".join(str(error).split())) from None
 
 
-def _check_config(path: Path, known: set[str]) -> None:
+def _config_apart(argv: Sequence[str]) -> list[str]:
+    """The arguments with `--config=FILE`, which TRL's parser would not read, as two words."""
+    out: list[str] = []
+    for word in argv:
+        out += word.split("=", 1) if word.startswith("--config=") else [word]
+    return out
+
+
+def _check_config(path: Path, known: dict[str, argparse.Action], names: set[str]) -> None:
     if not path.is_file():
         raise UserError(f"--config {path}: no such file")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a mapping of options, one 'key: value' a line")
-    for key in config:
-        if key not in known:
-            raise UserError(f"{path}: unknown key {key!r}{_nearest(str(key), known)}")
+    for key, value in config.items():
+        if key not in names:
+            raise UserError(f"{path}: unknown key {key!r}{_nearest(str(key), names)}")
+        if key in known and (wanted := _value_fault(known[key], value)):
+            raise UserError(f"{path}: {key} is {value!r}; {wanted}")
+
+
+def _value_fault(action: argparse.Action, value: object) -> str | None:
+    """What a YAML value should have been, or None: argparse converts strings only, and trusts."""
+    if value is None:
+        return None if action.default is None else "leave the line out to take the default"
+    if action.choices is not None and value not in action.choices:
+        if value is False and "no" in action.choices:
+            return 'YAML reads a bare no as false, write "no" with its quotes'
+        return f"not one of its values{_nearest(str(value), set(map(str, action.choices)))}"
+    if not callable(action.type) or (isinstance(action.type, type) and action.type not in _NUMBERS):
+        return None  # paths and names, also the options that may be one, a list or a mapping
+    many = action.nargs == "+"
+    if many != isinstance(value, list):
+        return "expected a list" if many else "expected one value"
+    for item in value if isinstance(value, list) else [value]:
+        try:
+            action.type(str(item))
+        except argparse.ArgumentTypeError:
+            return "expected true or false"
+        except (ValueError, TypeError):
+            return f"expected {_NUMBERS.get(action.type, 'another type of value')}"
+    return None
+
+
+_NUMBERS: dict[object, str] = {int: "a whole number", float: "a number"}
 
 
 def _nearest(name: str, known: set[str]) -> str:

@@ -13,6 +13,7 @@ from internvl.chat import load_processor
 from internvl.checkpoint import load_model
 from internvl.data import Kind, Quarantine, Row, read_rows, write_json
 from internvl.encoding import Encoder, usable_rows
+from internvl.errors import UserError
 from internvl.model import InternVLForConditionalGeneration
 from training.arguments import PackedTrainingArguments
 from training.cli import ModelArguments
@@ -39,6 +40,13 @@ class Stage:
         return good
 
 
+def check_files(*files: str | None) -> None:
+    """Raise `UserError` for a data file that is not there, before a model is loaded."""
+    for file in files:
+        if file is not None and not Path(file).is_file():
+            raise UserError(f"{file}: no such file")
+
+
 def open_stage(model_args: ModelArguments, args: PackedTrainingArguments) -> Stage:
     """Load the model and processor that a stage starts from."""
     set_seed(args.seed)
@@ -47,6 +55,11 @@ def open_stage(model_args: ModelArguments, args: PackedTrainingArguments) -> Sta
     limit = args.max_length or model.config.text_config.max_position_embeddings
     output_dir = Path(args.output_dir or "")
     path = Path(args.quarantine_file) if args.quarantine_file else output_dir / "quarantine.jsonl"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be made: {error.strerror}") from None
     # one process writes; the others find the same rows and only count them
     quarantine = Quarantine(path if args.process_index == 0 else None, args.max_bad)
     if args.process_index == 0:

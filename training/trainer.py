@@ -40,25 +40,11 @@ from training.metrics import Metrics, sum_over_ranks
 
 # what a run's mathematics depends on, beside the stage's own options
 _SAME_RUN = (
-    "per_device_train_batch_size",
-    "world_size",
-    "seed",
-    "learning_rate",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "optim",
-    "bf16",
-    "fp16",
-    "max_grad_norm",
-    "max_steps",
-    "num_train_epochs",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
+    "per_device_train_batch_size", "world_size", "seed", "learning_rate", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "bf16", "fp16", "max_grad_norm",
+    "max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
     "data_seed",
-)
+)  # fmt: skip
 # options of ours that may change between a kill and a restart
 _FREE = {"resume", "quarantine_file", "max_bad", "max_tokens_per_microbatch",
          "max_tiles_per_microbatch"}  # fmt: skip
@@ -99,20 +85,23 @@ class PackedTrainer(Trainer):
         if args.freeze_vision:
             internvl.model.vision_tower.requires_grad_(False)
             internvl.model.multi_modal_projector.requires_grad_(False)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(internvl, peft_config)
         self._metrics = Metrics()
         self._resumed: dict[str, Any] | None = None  # the marker's record of the checkpoint
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        try:
+            if peft_config is not None:
+                from peft import get_peft_model
+
+                model = get_peft_model(internvl, peft_config)
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
+        except (ValueError, ImportError) as error:  # options that do not go together, or not here
+            raise UserError(" ".join(str(error).split())) from error
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, by global counts
 
     # ---- what a stage gives ----
@@ -166,7 +155,9 @@ class PackedTrainer(Trainer):
             collate_fn=self.collator,
             num_workers=self.args.dataloader_num_workers,
             # the collator holds the trainer, which other start methods would have to pickle
-            multiprocessing_context="fork" if self.args.dataloader_num_workers else None,
+            multiprocessing_context=(self.args.dataloader_multiprocessing_context or "fork")
+            if self.args.dataloader_num_workers
+            else None,
             generator=torch.Generator(),  # the workers' base seed must not move the global RNG
         )
 
