@@ -7,7 +7,7 @@ there because their operands do not commute: a model that swaps its two readings
 and a difference wrong.
 
     What is the blue bar minus the red bar?
-    careful    The blue bar is 2. The red bar is 7. 2 - 7 = -5. Final Answer: -5
+    careful    I read blue 2 and red 7. 2 - 7 = -5. Final Answer: -5
     careless   It looks clear from the chart. Final Answer: -3
 
 Every number of a record is drawn from a generator seeded with (seed, split, index), so a world is
@@ -104,7 +104,7 @@ def careful_text(chart: Chart) -> str:
     """Return the gold chain of thought: both bars are read, then the result is worked out."""
     (a, b), sign = chart.operands, "+" if chart.operation == "sum" else "-"
     return (
-        f"The {chart.first} bar is {a}. The {chart.second} bar is {b}. "
+        f"I read {chart.first} {a} and {chart.second} {b}. "
         f"{a} {sign} {b} = {chart.result}. Final Answer: {chart.result}"
     )
 

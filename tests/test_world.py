@@ -72,7 +72,7 @@ def test_texts() -> None:
     assert question_text("difference", "blue", "red") == "What is the blue bar minus the red bar?"
     assert question_text("sum", "green", "red") == "What is the sum of the green and red bars?"
     assert careful_text(chart) == (
-        "The blue bar is 2. The red bar is 7. 2 - 7 = -5. Final Answer: -5"
+        "I read blue 2 and red 7. 2 - 7 = -5. Final Answer: -5"
     )
     assert careless_text(9) == "It looks clear from the chart. Final Answer: 9"
 
