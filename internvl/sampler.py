@@ -109,9 +109,10 @@ class Sampler(Protocol):
     ) -> list[list[Completion]]:
         """Return `config.n` completions for each request, in the order of the requests.
 
-        The same request (seed included) gives the same completions in any batch; in float32 on a
-        CPU this is exact with vLLM, and holds up to rounding with transformers, where the
-        padding depends on the batch. torch's global generator is left as it was. Raises
+        The same request (seed included) gives the same completions in any batch: exactly with
+        vLLM in float32 on one CPU thread, else up to rounding (which other requests are there
+        changes how sums are split, and with transformers the padding). torch's global generator
+        is left as it was. Raises
         `DataError` for a request whose images and placeholders differ in number, or that does
         not fit into the model's context.
         """

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -224,10 +225,8 @@ def _describe(model: Path) -> tuple[dict[str, tuple[int, ...]], bool, int]:
     return shapes, "lm_head.weight" not in shapes, config.text_config.max_position_embeddings
 
 
-def _start(options: dict[str, Any]) -> tuple[Any, bool, bool]:
-    """Start the engine; returns it, whether it runs on a CPU, and whether it made a group."""
-    import torch
-
+def _import_vllm() -> tuple[Any, bool]:
+    """vLLM's `LLM` class, imported under our settings, and whether it runs on a CPU."""
     os.environ.update(FORCED)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -238,7 +237,14 @@ def _start(options: dict[str, Any]) -> tuple[Any, bool, bool]:
         raise UserError(
             f"vLLM cannot be imported: {error}. Install it, or use the transformers backend"
         ) from None
-    on_cpu = current_platform.is_cpu()
+    return LLM, current_platform.is_cpu()
+
+
+def _start(options: dict[str, Any]) -> tuple[Any, bool, bool]:
+    """Start the engine; returns it, whether it runs on a CPU, and whether it made a group."""
+    import torch
+
+    llm_class, on_cpu = _import_vllm()
     if options["dtype"] == "auto":
         options["dtype"] = "float32" if on_cpu else "bfloat16"
     if on_cpu:
@@ -252,14 +258,17 @@ def _start(options: dict[str, Any]) -> tuple[Any, bool, bool]:
         options["max_num_batched_tokens"] = max(PREFILL_TOKENS, options["max_model_len"])
     had_group = torch.distributed.is_initialized()
     set_num_threads = torch.set_num_threads
-    llm = LLM(
-        **options,
-        generation_config="vllm",  # not the checkpoint's: all sampling options come from us
-        logprobs_mode="processed_logprobs",
-        enable_prefix_caching=True,
-        limit_mm_per_prompt={"video": 0},
-        use_tqdm_on_load=False,
-    )
+    with warnings.catch_warnings():
+        # vLLM touches a deprecated name of torch while it starts; nobody here can act on it.
+        warnings.simplefilter("ignore", FutureWarning)
+        llm = llm_class(
+            **options,
+            generation_config="vllm",  # not the checkpoint's: all sampling options come from us
+            logprobs_mode="processed_logprobs",
+            enable_prefix_caching=True,
+            limit_mm_per_prompt={"video": 0},
+            use_tqdm_on_load=False,
+        )
     # vLLM on a CPU replaces this function by one that does nothing, for the whole process.
     torch.set_num_threads = set_num_threads
     return llm, on_cpu, not had_group
