@@ -101,7 +101,11 @@ def question_text(operation: Operation, first: str, second: str) -> str:
 
 
 def careful_text(chart: Chart) -> str:
-    """Return the gold chain of thought: both bars are read, then the result is worked out."""
+    """Return the gold chain of thought: both bars are read, then the result is worked out.
+
+    Each height follows its colour at once, so that reading it is one step of attention; after
+    "The green bar is" it would be two, and four bars are then learned in 1,100 steps or never.
+    """
     (a, b), sign = chart.operands, "+" if chart.operation == "sum" else "-"
     return (
         f"I read {chart.first} {a} and {chart.second} {b}. "
