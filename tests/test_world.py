@@ -71,9 +71,7 @@ def test_texts() -> None:
     chart = Chart({"blue": 2, "red": 7, "yellow": 4, "green": 9}, "difference", "blue", "red")
     assert question_text("difference", "blue", "red") == "What is the blue bar minus the red bar?"
     assert question_text("sum", "green", "red") == "What is the sum of the green and red bars?"
-    assert careful_text(chart) == (
-        "I read blue 2 and red 7. 2 - 7 = -5. Final Answer: -5"
-    )
+    assert careful_text(chart) == ("I read blue 2 and red 7. 2 - 7 = -5. Final Answer: -5")
     assert careless_text(9) == "It looks clear from the chart. Final Answer: 9"
 
 
