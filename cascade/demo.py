@@ -163,6 +163,10 @@ class Demo:
         return Stage(f"evaluate.{stage}", ["-m", *command], folder, (stage,), background=True)
 
 
+# one thread a process: the models are tiny, the second core has the data loader or an evaluation,
+# and on one machine the result is the same to the byte
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
 # one process, no questions asked; what accelerate would otherwise warn about, and without its own
 # traceback below a stage's one line
 LAUNCH = ["--quiet", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
@@ -192,7 +196,7 @@ def run_demo(run: Path, *, seed: int, preset: str, control: bool, backend: str) 
 
     demo = Demo(run, seed, preset, control, backend, load_recipe(preset))
     manifest = Manifest(run / "manifest.json", seed, preset)
-    Driver(manifest).run_stages(demo.stages())
+    Driver(manifest, env=ENVIRONMENT).run_stages(demo.stages())
     write_json(run / "summary.json", summary(run, manifest, control))
     report = write_report(run)
     console = Console()

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -158,11 +158,19 @@ class _Running:
 class Driver:
     """Runs stages in order, at most one of them in the background.
 
-    manifest: of the run. can_overlap: whether a background stage may run beside another one.
+    manifest: of the run. can_overlap: whether a background stage may run beside another one (by
+    default where there are two cores). env: added to the stages' environment where it has no value.
     """
 
-    def __init__(self, manifest: Manifest, *, can_overlap: bool | None = None):
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        can_overlap: bool | None = None,
+        env: Mapping[str, str] | None = None,
+    ):
         self.manifest = manifest
+        self.env = {**(env or {}), **os.environ}
         self.run = manifest.path.parent
         self.can_overlap = (os.cpu_count() or 1) > 1 if can_overlap is None else can_overlap
         self._behind: _Running | None = None
@@ -209,11 +217,13 @@ class Driver:
         command = [sys.executable, *stage.command]
         start = time.monotonic()
         if log is None:
-            return _Running(stage, record, subprocess.Popen(command, pass_fds=[lock]), start, None)
+            return _Running(
+                stage, record, subprocess.Popen(command, pass_fds=[lock], env=self.env), start, None
+            )
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as out:
             process = subprocess.Popen(
-                command, pass_fds=[lock], stdout=out, stderr=subprocess.STDOUT
+                command, pass_fds=[lock], env=self.env, stdout=out, stderr=subprocess.STDOUT
             )
         return _Running(stage, record, process, start, log)
 

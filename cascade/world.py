@@ -41,7 +41,7 @@ COLOURS = {
 }
 SIDE = 56  # pixels; one tile of the tiny model
 UNIT = 5  # pixels of bar height a unit
-CARELESS_SHARE = 0.6  # of the answers in "mixed"
+CARELESS_SHARE = 0.7  # of the answers in "mixed"
 CARELESS_ERROR = 3  # a careless answer is the truth + a whole number in [-3, 3]
 MARKER = "world.json"  # written last: a folder that has it is complete
 CHUNK = 500  # records a worker makes at a time
