@@ -43,6 +43,9 @@ def _world(args: argparse.Namespace) -> None:
     from cascade.world import WorldSizes, make_world
 
     sizes = {field.name: vars(args)[field.name] for field in fields(WorldSizes)}
+    for name, size in sizes.items():
+        if size < 0:
+            raise UserError(f"--{name} is {size}; give a number of records")
     make_tiny_model(args.output / "model", seed=args.seed)
     make_world(args.output, seed=args.seed, sizes=WorldSizes(**sizes))
 
@@ -52,7 +55,13 @@ def _evaluate(args: argparse.Namespace) -> None:
     from internvl.data import Quarantine, check_images, read_rows
     from internvl.sampler import open_sampler
 
-    quarantine = Quarantine(args.output / "quarantine.jsonl", args.max_bad)
+    for name in ("samples", "max_tokens", "max_tiles"):
+        if vars(args)[name] < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {vars(args)[name]}; give 1 or more")
+    args.output.mkdir(parents=True, exist_ok=True)  # before the work: is there a place for it?
+    bad_rows = args.output / "quarantine.jsonl"
+    bad_rows.unlink(missing_ok=True)  # it tells of this run only
+    quarantine = Quarantine(bad_rows, args.max_bad)
     rows = read_rows(
         args.questions, kind="question", quarantine=quarantine, image_root=args.image_root
     )
@@ -94,7 +103,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--count", action="append", default=[], metavar="NAME=TEXT",
         help="also report the share of samples that hold TEXT, as NAME")  # fmt: skip
     add("--max-bad", type=float, default=0.05, help="share (<1) or number of bad rows borne")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
     _add_backend(parser)
 
 
@@ -118,9 +127,15 @@ def _add_world(parser: argparse.ArgumentParser) -> None:
     from cascade.world import WorldSizes
 
     parser.add_argument("output", type=Path, metavar="DIR", help="folder to make")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of charts, answers and weights")
     for field in fields(WorldSizes):
-        parser.add_argument(f"--{field.name}", type=int, default=field.default, metavar="N")
+        parser.add_argument(
+            f"--{field.name}",
+            type=int,
+            default=field.default,
+            metavar="N",
+            help="records of this split (default: %(default)s)",
+        )
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

@@ -42,6 +42,7 @@ class Demo:
                 self.run / "world",
             ),
             self._train("sft-careful", "sft", self.run / "world" / "model", "world", self._sft()),
+            self._evaluate("sft-careful"),
             self._train(
                 "sft", "sft", self._model("sft-careful"), "sft-careful", self._sft("mixed")
             ),
@@ -76,7 +77,7 @@ class Demo:
                 self.run / "stages" / "selected", "select.verify",
             ),
             self._train("rl", "rl", self._model("mpo"), "select", self._rl()),
-            self._evaluate("rl"),
+            self._evaluate("rl", background=False),
         ]  # fmt: skip
         return out
 
@@ -153,14 +154,15 @@ class Demo:
             self._stage(f"{name}.verify", verify, folder / ".verify", f"{name}.sample"),
         ]
 
-    def _evaluate(self, stage: str) -> Stage:
+    def _evaluate(self, stage: str, background: bool = True) -> Stage:
         folder = self.run / "eval" / stage
         command = [
             "cascade", "evaluate", str(self.run / "world" / "heldout.jsonl"),
             "--model", str(self._model(stage)), "--output", str(folder), "--seed", str(self.seed),
             "--backend", self.backend, "--count", f"careless={CARELESS}", *self._flags("evaluate"),
         ]  # fmt: skip
-        return Stage(f"evaluate.{stage}", ["-m", *command], folder, (stage,), background=True)
+        name = f"evaluate.{stage}"
+        return Stage(name, ["-m", *command], folder, (stage,), background=background)
 
 
 # one thread a process: the models are tiny, the second core has the data loader or an evaluation,
