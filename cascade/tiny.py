@@ -67,6 +67,9 @@ def make_tiny_model(out: Path, *, seed: int, image_size: int = 56) -> None:
         model = InternVLForConditionalGeneration(config)
         positions = model.model.vision_tower.embeddings.position_embeddings
         torch.nn.init.normal_(positions, std=0.3)
+    # said once more at the top, where Trainer looks for them (and warns where they are missing)
+    model.config.eos_token_id = config.text_config.eos_token_id
+    model.config.pad_token_id = config.text_config.pad_token_id
     model.generation_config = GenerationConfig(
         eos_token_id=config.text_config.eos_token_id, pad_token_id=config.text_config.pad_token_id
     )

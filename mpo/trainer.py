@@ -42,6 +42,7 @@ class MPOTrainer(PackedTrainer):
     first step (and before a checkpoint is loaded on resume), and kept in output_dir.
     """
 
+    progress_metrics = ("loss", "rewards/margins", "rewards/accuracies")
     completion_value_names = ("ref_logps",)
 
     def __init__(

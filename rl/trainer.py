@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class RLTrainer(PackedTrainer):
     sampler: draws the rollouts; it is given the policy's weights before each rollout batch.
     """
 
+    progress_metrics = ("reward", "rewards/accuracy/mean", "sampling/logprob_gap_max")
     completion_value_names = ("advantages",)
     token_value_names = ("sampler_logprobs", "old_logprobs")
 
@@ -77,7 +79,8 @@ class RLTrainer(PackedTrainer):
                 max_tokens=args.max_completion_length,
                 max_tiles=args.max_tiles,
             ),
-            questions=args.per_device_train_batch_size * args.steps_per_generation,
+            questions=args.per_device_train_batch_size,
+            steps=args.steps_per_generation,
             seed=args.seed,
             rank=args.process_index,
             world_size=args.world_size,
@@ -129,8 +132,9 @@ class RLTrainer(PackedTrainer):
         outcomes = [outcome for group in groups for outcome in group.outcomes]
         correct = [outcome == "correct" for outcome in outcomes]
         metrics.mean("reward", torch.tensor(judged))
-        spread = [torch.tensor([r for r in g.rewards if r is not None]).std() for g in groups]
-        metrics.mean("reward_std", torch.stack(spread).nan_to_num())
+        known = [[r for r in group.rewards if r is not None] for group in groups]
+        spread = [stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in known]
+        metrics.mean("reward_std", torch.tensor(spread))
         flat = [float(not group.spread) for group in groups]
         metrics.mean("frac_reward_zero_std", torch.tensor(flat))
         metrics.mean("rewards/accuracy/mean", torch.tensor(correct, dtype=torch.float))

@@ -81,6 +81,8 @@ class StopWhenLearned(TrainerCallback):
 class SFTTrainer(PackedTrainer):
     """Supervised fine-tuning of InternVL on conversations (rows of kind "conversation")."""
 
+    progress_metrics = ("loss", "eval_gold_probability")
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._schedule: CooldownSchedule | None = None

@@ -23,7 +23,7 @@ import torch
 from accelerate import DistributedType
 from torch import Tensor, nn
 from torch import distributed as dist
-from transformers import InternVLProcessor, Trainer, TrainingArguments
+from transformers import InternVLProcessor, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from internvl.chat import normalize_tiles
@@ -37,6 +37,7 @@ from training import checkpoints
 from training.arguments import PackedTrainingArguments
 from training.batches import STEP_BATCH, StepBatch, StepCollator, StepLoader, StepSampler
 from training.metrics import Metrics, sum_over_ranks
+from training.progress import StageProgress
 
 # what a run's mathematics depends on, beside the stage's own options
 _SAME_RUN = (
@@ -62,6 +63,8 @@ class PackedTrainer(Trainer):
     # the names that every Example of the stage carries, for the filler of an idle rank
     completion_value_names: tuple[str, ...] = ()
     token_value_names: tuple[str, ...] = ()
+    # the metrics on the progress bar
+    progress_metrics: tuple[str, ...] = ("loss",)
 
     def __init__(
         self,
@@ -102,6 +105,8 @@ class PackedTrainer(Trainer):
             )
         except (ValueError, ImportError) as error:  # options that do not go together, or not here
             raise UserError(" ".join(str(error).split())) from error
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(StageProgress(self.progress_metrics))
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, by global counts
 
     # ---- what a stage gives ----
@@ -386,3 +391,5 @@ class PackedTrainer(Trainer):
         self.train(resume_from_checkpoint=None if folder is None else str(folder))
         self.save_model()
         self.save_state()
+        if self.is_world_process_zero():
+            print(f"{output_dir}: saved after {self.state.global_step} steps")
