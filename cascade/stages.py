@@ -102,6 +102,8 @@ def _prepare(stage: Stage, manifest: Manifest, key: str) -> dict[str, Any]:
     """The record of a stage about to start, or to go on; empties the folder of another key's."""
     before = manifest.entry(stage.name)
     if before is None or before["key"] != key:
+        if before is not None:  # a kill from here on must not leave the old result for done
+            manifest.put({**before, "key": "", "done": False})
         if stage.folder.exists():
             shutil.rmtree(stage.folder)
         before = {"name": stage.name, "seconds": 0.0}
