@@ -8,8 +8,10 @@ name that does not match is an error, and what was loaded can be compared with w
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +20,9 @@ from torch import Tensor
 from internvl.attention import SHARED_PREFIX
 from internvl.errors import UserError
 from internvl.model import InternVLForConditionalGeneration, adopt
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -86,25 +91,41 @@ def full_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A model's parameters by transformers' names, one at a time, LoRA merged in passing.
 
     The model itself is not changed: merging in place and back would round the base weights.
+    Raises `UserError` for adapters whose weights are not the base's plus a delta (DoRA, IA3, ...).
     """
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
 
     if not isinstance(model, PeftModel):
         yield from model.named_parameters()
         return
+    _check_additive(model)
     base = model.get_base_model()
     adapted = {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
+    saved = [name for name, m in base.named_modules() if isinstance(m, ModulesToSaveWrapper)]
     for name, parameter in base.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        if ".lora_" in f".{name}":
+        if ".lora_" in f".{name}" or any(name.startswith(f"{s}.original_module.") for s in saved):
             continue
         layer = adapted.get(owner.removesuffix(".base_layer"))
         if layer is None or not owner.endswith(".base_layer"):
-            yield name, parameter
+            yield re.sub(r"\.modules_to_save\.[^.]+\.", ".", name), parameter
             continue
         weight = parameter.detach()
-        if leaf == "weight":
+        if leaf == "weight" and not layer.merged:
             for adapter in layer.active_adapters:
                 weight = weight + layer.get_delta_weight(adapter)
         yield f"{owner.removesuffix('.base_layer')}.{leaf}", weight
+
+
+def _check_additive(model: PeftModel) -> None:
+    for name, config in model.peft_config.items():
+        kind = config.peft_type.value
+        if kind == "LORA":
+            kind = "DoRA" if config.use_dora else "LoRA with lora_bias" if config.lora_bias else ""
+        if kind or len(model.peft_config) > 1:
+            raise UserError(
+                f"adapter {name!r} is {kind or 'one of several'}; full weights can be given of one "
+                "LoRA (rsLoRA, bias and modules_to_save too)"
+            )

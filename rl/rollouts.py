@@ -94,7 +94,8 @@ class RolloutSettings:
     """How rollouts are drawn; see RLConfig."""
 
     sampling: SamplingConfig
-    questions: int  # of a rollout batch, this rank's own
+    questions: int  # of an optimizer step, this rank's own
+    steps: int  # optimizer steps of a rollout batch
     seed: int
     rank: int
     world_size: int
@@ -120,8 +121,11 @@ class RolloutMaker:
     def make(self, batch: int, weight_version: int) -> list[Group]:
         """Sample, verify and weigh this rank's groups of rollout batch `batch`."""
         s = self.settings
-        everyone = questions_of_batch(len(self.rows), s.questions * s.world_size, batch, s.seed)
-        mine = everyone[s.rank * s.questions : (s.rank + 1) * s.questions]
+        size = s.questions * s.steps * s.world_size
+        everyone = questions_of_batch(len(self.rows), size, batch, s.seed)
+        # shared out step by step: W ranks do in a step what one of W times the questions does
+        starts = [(step * s.world_size + s.rank) * s.questions for step in range(s.steps)]
+        mine = [index for start in starts for index in everyone[start : start + s.questions]]
         requests = [self._request(self.rows[index], batch) for index in mine]
         answers = self.sampler.sample(requests, s.sampling)
         return [

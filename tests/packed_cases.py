@@ -103,7 +103,7 @@ class Cases:
         end = self.processor.tokenizer.eos_token_id
         mask, inside = [], False
         for place, token in enumerate(ids):
-            inside = inside or ids[place - 3 : place] == start
+            inside = inside or ids[place - len(start) : place] == start
             mask.append(inside)
             inside = inside and token != end
         return mask

@@ -95,10 +95,11 @@ def gradient_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """The largest difference in any parameter, relative to that parameter's largest gradient.
 
     A gradient that is zero in exact arithmetic (the bias of attention keys) is rounding on both
-    sides: no scale is taken below a thousandth of the largest of all.
+    sides: no scale is taken below a thousandth of the largest of all. Where all of `theirs` are
+    zero, ours must be.
     """
     assert ours.keys() == theirs.keys()
-    floor = 1e-3 * max(float(g.abs().max()) for g in theirs.values())
+    floor = max(1e-3 * max(float(g.abs().max()) for g in theirs.values()), 1e-30)
     return max(
         float((ours[name] - g).abs().max()) / max(float(g.abs().max()), floor)
         for name, g in theirs.items()

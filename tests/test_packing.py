@@ -151,7 +151,7 @@ def changed(example: Example, image_token: int) -> Example:
     """The same lengths and slots with every text token and every pixel another one."""
 
     def other(ids: list[int]) -> list[int]:
-        return [token if token == image_token else (token + 7) % 300 for token in ids]
+        return [token if token == image_token else (token + 7) % 256 for token in ids]
 
     return Example(
         other(example.prompt_ids),
@@ -180,7 +180,7 @@ def test_no_completion_sees_another(cases: Cases) -> None:
     example = cases.examples[1]
     other = Example(example.prompt_ids, example.tiles, list(example.completions), [])
     other.image_slots = example.image_slots
-    other.completions[1] = [(token + 7) % 300 for token in other.completions[1]]
+    other.completions[1] = [(token + 7) % 256 for token in other.completions[1]]
     with torch.no_grad():
         one, two = cases.score(pack([example])).logprobs, cases.score(pack([other])).logprobs
     mine = pack([example]).completion_of_token == 1
