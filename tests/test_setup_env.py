@@ -149,6 +149,6 @@ def test_without_the_hook_the_import_fails(tmp_path):
 
 
 def test_the_hook_declares_the_operators(tmp_path):
-    hook = f"sys.path.insert(0, {str(ROOT / 'scripts')!r}); import torchvision_ops_hook"
+    hook = f"sys.path.insert(0, {str(ROOT / 'internvl')!r}); import torchvision_ops"
     done = import_fake_torchvision(tmp_path, hook)
     assert done.returncode == 0, done.stderr
