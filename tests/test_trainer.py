@@ -354,6 +354,13 @@ def test_data_parallel_is_refused(tiny_model: Path, images: Path, tmp_path: Path
         kind(load_model(tiny_model), args, None, None, encoder=None)
 
 
+def test_what_a_stage_does_itself_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    config, kind = STAGES["sft"]
+    args = config(output_dir=str(tmp_path), **COMMON)
+    with pytest.raises(UserError, match="data_collator would not be read"):
+        kind(load_model(tiny_model), args, None, None, data_collator=list)
+
+
 def test_another_model_is_refused(images: Path, tmp_path: Path) -> None:
     config, kind = STAGES["sft"]
     args = config(output_dir=str(tmp_path), **COMMON)

@@ -38,6 +38,7 @@ from training.arguments import PackedTrainingArguments
 from training.batches import STEP_BATCH, StepBatch, StepCollator, StepLoader, StepSampler
 from training.metrics import Metrics, sum_over_ranks
 from training.progress import StageProgress
+from training.refusals import refuse_other_backend, refuse_unread
 
 # what a run's mathematics depends on, beside the stage's own options
 _SAME_RUN = (
@@ -81,6 +82,7 @@ class PackedTrainer(Trainer):
             raise UserError(
                 "nn.DataParallel is not supported: start one process a GPU with accelerate launch"
             )
+        refuse_unread(kwargs)
         internvl = adopt(model)
         internvl.config.use_cache = False
         limit = args.max_length or internvl.config.text_config.max_position_embeddings
@@ -105,6 +107,7 @@ class PackedTrainer(Trainer):
             )
         except (ValueError, ImportError) as error:  # options that do not go together, or not here
             raise UserError(" ".join(str(error).split())) from error
+        refuse_other_backend(args, self.accelerator.distributed_type)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(StageProgress(self.progress_metrics))
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, by global counts
