@@ -265,8 +265,18 @@ def test_recipes_name_real_options(preset: str, tmp_path: Path) -> None:
 # ---- the demo ----
 
 
-def demo(run: Path, *, seconds: float | None = None) -> str:
-    """`cascade demo --preset tiny`, killed with all it started after `seconds`; its output."""
+def under_way(run: Path, name: str) -> bool:
+    """Whether the demo has begun this stage and not finished it."""
+    file = run / "manifest.json"
+    entries = json.loads(file.read_text())["stages"] if file.exists() else []
+    return any(entry["name"] == name and not entry["done"] for entry in entries)
+
+
+def demo(run: Path, *, kill_in: str = "", after: float = 0.0) -> str:
+    """`cascade demo --preset tiny`; returns its output.
+
+    kill_in: the stage in which all of it is killed, `after` seconds from the stage's start.
+    """
     log = run.with_suffix(".log")
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -276,13 +286,18 @@ def demo(run: Path, *, seconds: float | None = None) -> str:
             start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         )
-        try:
-            code = process.wait(timeout=1200 if seconds is None else seconds)
-            assert code == 0, log.read_text()[-3000:]
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            assert seconds is not None, "the demo hung"
+    deadline = time.monotonic() + 1200
+    while kill_in and not under_way(run, kill_in):
+        assert process.poll() is None, log.read_text(errors="replace")[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    if kill_in:
+        time.sleep(after)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    else:
+        code = process.wait(timeout=1200)
+        assert code == 0, log.read_text(errors="replace")[-3000:]
     return log.read_text(errors="replace")
 
 
@@ -294,8 +309,8 @@ def test_the_demo_killed_twice(tmp_path: Path) -> None:
     demo(reference)
     whole = json.loads((reference / "summary.json").read_text())
     rng = random.Random(2)
-    for _ in range(2):
-        demo(run, seconds=rng.uniform(0.1, 0.5) * whole["seconds"])
+    for names in (("sft-careful", "sft", "pairs.sample"), ("mpo", "select.sample", "rl")):
+        demo(run, kill_in=rng.choice(names), after=rng.uniform(0, 12))
         assert not (run / "summary.json").exists()
         time.sleep(1)  # until the last of the killed group has let go of the lock
     demo(run)
