@@ -23,7 +23,6 @@ class MPOConfig(PackedTrainingArguments):
     reference_batch_size: int = field(
         default=64, metadata={"help": "Pairs encoded at once in the reference pass."}
     )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
 
     def __post_init__(self) -> None:
         """Check MPO's own options."""
@@ -31,6 +30,8 @@ class MPOConfig(PackedTrainingArguments):
             raise UserError("train_file is missing: the JSONL (or meta.json) of preference pairs")
         if self.beta <= 0:
             raise UserError(f"beta is {self.beta}; it must be positive")
+        if self.reference_batch_size < 1:
+            raise UserError(f"reference_batch_size is {self.reference_batch_size}, at least 1")
         if len(self.loss_weights) != 3 or min(self.loss_weights) < 0 or not any(self.loss_weights):
             raise UserError(
                 f"loss_weights is {self.loss_weights}; give three numbers >= 0, not all 0: "

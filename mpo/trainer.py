@@ -58,7 +58,7 @@ class MPOTrainer(PackedTrainer):
         self._step_rewards = {"total": 0.0, "count": 0.0}
         self._announced = False
         self._reference_keys: dict[str, str] = {}  # of the "train" and "eval" pairs
-        super().__init__(model, args, train_dataset, processing_class, **kwargs)
+        super().__init__(model, args, train_dataset, processing_class, eval_dataset, **kwargs)
         self._weights = args.weights
         self.train_dataset: Any = self._with_reference(train_dataset, "train")
         if eval_dataset is not None:
@@ -79,7 +79,7 @@ class MPOTrainer(PackedTrainer):
         settings: dict[str, object] = {
             "max_tiles": self.encoder.max_tiles,
             "dtype": str(next(model.parameters()).dtype),
-            "bf16": self.args.bf16,
+            "mixed_precision": self.accelerator.mixed_precision,
             "template": str(self.encoder.processor.chat_template),
         }
         key = reference_key(checksum(model.state_dict().items()), rows, settings)
@@ -110,9 +110,8 @@ class MPOTrainer(PackedTrainer):
         return [ScoredPair(row, chosen, rejected) for row, (chosen, rejected) in pairs]
 
     def _completion_logps(self, model: nn.Module, batch: PackedBatch) -> Tensor:
-        with self.compute_loss_context_manager():
-            batch = batch.on(self.args.device)
-            return batch.sum_by_completion(self.score(model, batch).logprobs)
+        batch = batch.on(self.args.device)
+        return batch.sum_by_completion(self.score(model, batch).logprobs)
 
     # ---- what PackedTrainer asks for ----
 
@@ -144,7 +143,7 @@ class MPOTrainer(PackedTrainer):
         )
         if torch.is_grad_enabled():
             rewards = torch.cat([terms.chosen_rewards, terms.rejected_rewards])
-            self._step_rewards["total"] += float(rewards.double().sum())
+            self._step_rewards["total"] += float(rewards.cpu().double().sum())  # MPS has no double
             self._step_rewards["count"] += len(rewards)
         metrics = Metrics()
         metrics.mean("loss/dpo", terms.preference)

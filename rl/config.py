@@ -47,7 +47,6 @@ class RLConfig(PackedTrainingArguments):
     ignore_data_skip: bool = field(
         default=True, metadata={"help": "Always true: rollouts are not skipped but continued."}
     )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
 
     def __post_init__(self) -> None:
         """Check the online stage's own options."""
@@ -65,8 +64,8 @@ class RLConfig(PackedTrainingArguments):
             raise UserError("epsilon and epsilon_high are clips around 1: 0 < epsilon < 1")
         if self.sampler not in ("auto", "vllm", "transformers"):
             raise UserError(f"sampler is {self.sampler!r}: 'auto', 'vllm' or 'transformers'")
-        if not self.ignore_data_skip:
-            raise UserError("ignore_data_skip cannot be false: rollouts are continued, not skipped")
-        if self.eval_strategy not in ("no", None):
+        if self.eval_strategy != "no" or self.eval_on_start:
             raise UserError("eval_strategy: evaluate checkpoints with `cascade evaluate` instead")
+        if self.data_seed is not None:
+            raise UserError("data_seed: the order of the questions follows seed in this stage")
         super().__post_init__()

@@ -31,6 +31,7 @@ from rl.losses import gspo_loss, gspo_terms, sequence_ratios
 from rl.rollouts import Group, RolloutMaker, RolloutSettings
 from training.batches import STEP_BATCH, StepBatch
 from training.metrics import Metrics
+from training.refusals import refuse_sharded
 from training.trainer import PackedTrainer
 
 
@@ -72,6 +73,7 @@ class RLTrainer(PackedTrainer):
         self._next_batch = 0
         self._synced_at: int | None = None
         super().__init__(model, args, train_dataset, processing_class, **kwargs)
+        refuse_sharded(self, "handing the policy's weights to the sampler")
         settings = RolloutSettings(
             sampling=SamplingConfig(
                 n=args.num_generations,
@@ -183,8 +185,7 @@ class RLTrainer(PackedTrainer):
         model.eval()
         kept = [group for group in groups if group.spread]
         for batch in self.collator.batch([self.encode(group) for group in kept]).microbatches:
-            with self.compute_loss_context_manager():
-                logprobs = self.score(model, batch).logprobs.cpu()
+            logprobs = self.score(model, batch).logprobs.cpu()
             by_completion = logprobs.split(batch.lengths.tolist())
             first = 0
             for index in batch.example_index.tolist():

@@ -37,9 +37,10 @@ def main() -> None:
         [SFTConfig, ModelArguments], "python -m sft", about=_ABOUT, example=_EXAMPLE
     )
     from sft.trainer import SFTTrainer
-    from training.stage import check_files, open_stage, save_config
+    from training.stage import check_eval_file, check_files, open_stage, save_config
 
     check_files(args.train_file, args.eval_file)
+    check_eval_file(args, args.eval_file)
     stage = open_stage(model_args, args)
     trainer = SFTTrainer(
         model=stage.model,

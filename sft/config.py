@@ -8,6 +8,8 @@ from internvl.errors import UserError
 from sft.losses import EXPONENTS
 from training.arguments import PackedTrainingArguments
 
+_CONSTANT = ("linear", "constant", "constant_with_warmup")  # the first is transformers' default
+
 
 @dataclass
 class SFTConfig(PackedTrainingArguments):
@@ -32,7 +34,6 @@ class SFTConfig(PackedTrainingArguments):
     cooldown_steps: int = field(
         default=40, metadata={"help": "Steps of linear decay to 0 after stop_gold_probability."}
     )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
 
     def __post_init__(self) -> None:
         """Check the options that belong together."""
@@ -41,8 +42,15 @@ class SFTConfig(PackedTrainingArguments):
         if self.loss_average not in EXPONENTS:
             raise UserError(f"loss_average {self.loss_average!r} is not one of {list(EXPONENTS)}")
         if self.stop_gold_probability is not None:
-            if self.eval_file is None or str(self.eval_strategy) in ("no", "IntervalStrategy.NO"):
+            if self.eval_file is None or self.eval_strategy == "no":
                 raise UserError("stop_gold_probability needs eval_file and eval_strategy: steps")
+            if self.lr_scheduler_type not in _CONSTANT or self.lr_scheduler_kwargs:
+                raise UserError(
+                    "stop_gold_probability brings its own learning rate schedule (warm-up, "
+                    "constant, cool-down); leave lr_scheduler_type and its kwargs out"
+                )
+            if self.cooldown_steps < 1:
+                raise UserError(f"cooldown_steps is {self.cooldown_steps}; it must be at least 1")
             if self.max_steps < 1:
                 raise UserError("stop_gold_probability needs max_steps, the cap")
             if not 0 < self.stop_gold_probability < 1:

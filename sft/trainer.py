@@ -88,7 +88,9 @@ class SFTTrainer(PackedTrainer):
         self._schedule: CooldownSchedule | None = None
         config = self.sft_args
         if config.stop_gold_probability is not None:
-            self._schedule = CooldownSchedule(int(config.warmup_steps), config.cooldown_steps)
+            self._schedule = CooldownSchedule(
+                config.get_warmup_steps(config.max_steps), config.cooldown_steps
+            )
             self.add_callback(StopWhenLearned(config.stop_gold_probability, self._schedule))
 
     @property

@@ -156,7 +156,7 @@ def test_a_run_that_had_ended(make: Make) -> None:
 def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
     """A half-written folder is no reason to delete the one before it."""
     for step in (3, 6, 9, 12):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+        checkpoints.begin(tmp_path / f"checkpoint-{step}")
         (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "checkpoint-final").mkdir()  # somebody's own
     for step in (3, 6, 9):
@@ -171,6 +171,30 @@ def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
     assert checkpoints.read_marker(tmp_path / "checkpoint-9") == {"step": 9}
     assert checkpoints.remove_incomplete(tmp_path) == [tmp_path / "checkpoint-12"]
     assert (tmp_path / "checkpoint-final").is_dir()
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    folders = [tmp_path / f"checkpoint-{step}" for step in (3, 6, 9, 12)]
+    for folder in folders:
+        checkpoints.begin(folder)
+        checkpoints.mark_complete(folder, {})
+    checkpoints.keep_newest(tmp_path, 3, best=folders[0])
+    assert checkpoints.all_checkpoints(tmp_path) == [folders[0], *folders[2:]]
+    checkpoints.keep_newest(tmp_path, 1, best=folders[3])
+    assert checkpoints.all_checkpoints(tmp_path) == [folders[3]]
+
+
+def test_checkpoints_of_another_program_are_left_alone(make: Make) -> None:
+    """output_dir may be one that was used with transformers or TRL before."""
+    run = make("sft", max_steps=1)
+    theirs = run.folder / "checkpoint-500"
+    theirs.mkdir(parents=True)
+    (theirs / "trainer_state.json").write_text("{}")
+    assert refusal(run) == (
+        f"error: {theirs} is no checkpoint of this program, which can neither go on from it nor "
+        "delete it; choose another output_dir, or move the folder away"
+    )
+    assert (theirs / "trainer_state.json").is_file()
 
 
 @pytest.mark.slow

@@ -7,25 +7,48 @@ from typing import Any
 
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import is_liger_kernel_available
 
 from internvl.errors import UserError
 
-# options of transformers that the packed step, loader or evaluation does not act on
+# options of transformers that the packed step, loader, evaluation or checkpoint does not act on
 _NOT_HONOURED: dict[str, Any] = {
+    "accelerator_config": None,
     "auto_find_batch_size": False,
+    "average_tokens_across_devices": True,  # the loss is always normalised over all ranks
     "batch_eval_metrics": False,
     "bf16_full_eval": False,
     "dataloader_drop_last": False,
+    "dataloader_in_order": True,
     "dataloader_persistent_workers": False,
     "dataloader_prefetch_factor": None,
+    "do_predict": False,
+    "enable_jit_checkpoint": False,  # its checkpoint would pass for the run's last one
     "eval_accumulation_steps": None,
+    "eval_do_concat_batches": True,
     "eval_use_gather_object": False,
     "fp16_full_eval": False,
     "include_for_metrics": [],
+    "label_names": None,
     "label_smoothing_factor": 0.0,
+    "length_column_name": "length",
     "load_best_model_at_end": False,
+    "neftune_noise_alpha": None,
+    "parallelism_config": None,
+    "save_on_each_node": False,  # every rank must see the same checkpoints
+    "torch_compile": False,
+    "torch_compile_backend": None,
+    "torch_compile_mode": None,
     "torch_empty_cache_steps": None,
+    "train_sampling_strategy": "random",  # one shuffled order for all ranks
+    "use_cache": False,
 }
+# they step in backward, or must be told of training and evaluation: neither fits a packed step
+_OTHER_STEPS = ("lomo", "layerwise", "schedule_free")
+_AT_LEAST_ONE = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "max_tokens_per_microbatch"),
+    *("max_tiles_per_microbatch", "max_tiles", "max_length"),
+)
 
 
 @dataclass
@@ -86,6 +109,7 @@ class PackedTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "False, so that a NaN loss is seen."}
     )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
     bf16: bool = field(default=False, metadata={"help": "Autocast to bfloat16."})
     save_only_model: bool = field(
         default=False, metadata={"help": "True keeps checkpoints that cannot be resumed."}
@@ -99,9 +123,10 @@ class PackedTrainingArguments(TrainingArguments):
                 "1. per_device_train_batch_size is the number of examples of an optimizer step, "
                 "and max_tokens_per_microbatch what runs at once."
             )
-        for name in ("max_tokens_per_microbatch", "max_tiles", "per_device_train_batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns cannot be true: examples are not columns")
         if self.resume not in ("auto", "never"):
@@ -109,9 +134,30 @@ class PackedTrainingArguments(TrainingArguments):
         for name, default in _NOT_HONOURED.items():
             if getattr(self, name) != default:
                 raise UserError(f"{name} is {getattr(self, name)!r}, which is not supported here")
-        if self.group_by_length_asked():
-            raise UserError("train_sampling_strategy is ours (one shuffled order for all ranks)")
+        # off has two spellings: "no", and the false that the command line makes of it
+        if self.include_num_input_tokens_seen not in ("no", False):
+            raise UserError("include_num_input_tokens_seen is set, which is not supported here")
+        if self.dataloader_multiprocessing_context not in (None, "fork"):
+            raise UserError(
+                f"dataloader_multiprocessing_context is {self.dataloader_multiprocessing_context!r}"
+                "; workers are forked: they hold the trainer, which cannot be pickled"
+            )
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise UserError("use_liger_kernel needs the package liger-kernel (the extra 'liger')")
+        if self.ignore_data_skip != type(self).ignore_data_skip:
+            raise UserError(
+                f"ignore_data_skip is {self.ignore_data_skip}: a resumed run would not end with "
+                "the weights of the uninterrupted one"
+            )
         super().__post_init__()
+        if any(word in self.optim.value for word in _OTHER_STEPS):
+            raise UserError(f"optim is {self.optim.value!r}, which does not fit a packed step")
+        one = self.save_total_limit == 1 and self.save_strategy != "best"
+        if one and self.metric_for_best_model is not None:
+            raise UserError(
+                "save_total_limit is 1 beside a metric_for_best_model (reduce_lr_on_plateau sets "
+                "it to the loss); give at least 2: the best checkpoint and the newest"
+            )
         if self.resume_from_checkpoint is not None:
             raise UserError(
                 "use resume: auto (the default), which goes on from the newest complete "
@@ -124,7 +170,3 @@ class PackedTrainingArguments(TrainingArguments):
                     f"report_to names {name!r}, which is not installed; there is: "
                     f"{', '.join(available) or 'none'}"
                 )
-
-    def group_by_length_asked(self) -> bool:
-        """Whether another sampling order than the shuffled one was asked for."""
-        return self.train_sampling_strategy != "random"

@@ -1,8 +1,9 @@
 """Checkpoints that can be trusted: complete or ignored, and proved after loading.
 
-A checkpoint folder is complete when it holds `complete.json`, written last. Resuming takes the
-newest complete one (transformers takes the highest number, even half-written) and compares the
-checksum of what was loaded with the one of what was saved.
+A checkpoint folder is complete when it holds `complete.json`, written last; until then it holds
+`incomplete`, written first. Resuming takes the newest complete one (transformers takes the highest
+number, even half-written) and compares the checksum of what was loaded with the one of what was
+saved. Half-written folders are deleted; a checkpoint of another program is never touched.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from internvl.errors import UserError
 
 MARKER = "complete.json"
+BEGUN = "incomplete"  # there until the marker is: tells our half-written folders from others' own
 
 
 def step_of(folder: Path) -> int:
@@ -41,12 +43,43 @@ def newest_complete(output_dir: Path) -> Path | None:
     return None
 
 
+def begin(folder: Path) -> None:
+    """Make the folder of a checkpoint that is about to be written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / BEGUN).touch()
+
+
+def _unmarked(output_dir: Path) -> list[Path]:
+    return [path for path in all_checkpoints(output_dir) if not (path / MARKER).is_file()]
+
+
+def refuse_foreign(output_dir: Path) -> None:
+    """Raise `UserError` for a checkpoint that another program wrote: it would be in the way."""
+    for path in _unmarked(output_dir):
+        if not (path / BEGUN).is_file() and any(path.iterdir()):
+            raise UserError(
+                f"{path} is no checkpoint of this program, which can neither go on from it nor "
+                "delete it; choose another output_dir, or move the folder away"
+            )
+
+
 def remove_incomplete(output_dir: Path) -> list[Path]:
     """Delete the folders that a kill left half-written; returns them."""
-    broken = [path for path in all_checkpoints(output_dir) if not (path / MARKER).is_file()]
+    broken = _unmarked(output_dir)
     for path in broken:
-        shutil.rmtree(path)
+        _delete(path)
     return broken
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, what tells that it is ours last: a kill in between must not hide that."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != BEGUN:
+            path.unlink()
+    (folder / BEGUN).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def mark_complete(folder: Path, record: dict[str, Any]) -> None:
@@ -65,6 +98,7 @@ def mark_complete(folder: Path, record: dict[str, Any]) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+    (folder / BEGUN).unlink(missing_ok=True)
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
@@ -74,19 +108,31 @@ def read_marker(folder: Path) -> dict[str, Any]:
     return record
 
 
-def keep_newest(output_dir: Path, limit: int | None) -> None:
-    """Delete all but the newest `limit` complete checkpoints (None: keep all)."""
+def keep_newest(output_dir: Path, limit: int | None, best: Path | None = None) -> None:
+    """Delete all but the newest `limit` complete checkpoints (None: keep all).
+
+    best: the best checkpoint by the user's metric, if any; it is kept, and counted.
+    """
     if limit is None or limit <= 0:
         return
     complete = [path for path in all_checkpoints(output_dir) if (path / MARKER).is_file()]
-    for path in complete[:-limit]:
-        # without its marker first: a kill inside rmtree leaves a folder that is ignored
-        (path / MARKER).unlink()
-        shutil.rmtree(path)
+    kept = complete[-limit:]
+    if best in complete and best not in kept:
+        kept = [best, *complete[-max(1, limit - 1) :]]
+    for path in complete:
+        if path not in kept:
+            # no longer complete, and still ours, whatever a kill leaves of it
+            (path / MARKER).rename(path / BEGUN)
+            _delete(path)
 
 
-def check_same_run(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raise `UserError` when a checkpoint was made with other settings than the current ones."""
+def check_same_run(folder: Path, current: dict[str, Any]) -> None:
+    """Raise `UserError` when the current run, with these settings, cannot go on from a checkpoint.
+
+    Its settings were other ones, or it was saved without the optimizer.
+    """
+    record = read_marker(folder)
+    saved = record["settings"]
     changed = [
         f"{name}: {saved.get(name)!r} then, {value!r} now"
         for name, value in sorted(current.items())
@@ -96,4 +142,9 @@ def check_same_run(folder: Path, saved: dict[str, Any], current: dict[str, Any])
         raise UserError(
             f"{folder} was made with other settings ({'; '.join(changed)}). Go back to them, or "
             "choose another output_dir, or remove the folder."
+        )
+    if not record["resumable"]:
+        raise UserError(
+            f"{folder} was saved with save_only_model, so nothing can go on from it; choose "
+            "another output_dir, or remove the folder"
         )

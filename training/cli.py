@@ -39,6 +39,13 @@ class ModelArguments:
         metadata={"help": "Module name endings; by default every linear layer of the LLM."},
     )
 
+    def __post_init__(self) -> None:
+        """Refuse LoRA's options where no LoRA was asked for."""
+        for option in fields(self):
+            given = getattr(self, option.name) != option.default
+            if option.name.startswith("lora_") and given and not self.use_peft:
+                raise UserError(f"{option.name} is given, but use_peft is not")
+
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, the example as it is written, and one spelling of each option."""

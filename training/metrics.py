@@ -22,7 +22,7 @@ class Metrics:
 
     def mean(self, name: str, values: Tensor) -> None:
         """Add values whose mean is wanted; [..], also empty."""
-        total = values.detach().double().sum()
+        total = values.detach().cpu().double().sum()  # MPS has no double
         self._add(name, torch.stack([total, total.new_tensor(float(values.numel()))]))
 
     def ratio(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
@@ -32,11 +32,10 @@ class Metrics:
     def maximum(self, name: str, values: Tensor) -> None:
         """Add values whose maximum is wanted; an empty tensor still brings the name."""
         start = torch.tensor(float("-inf"), dtype=torch.float64)
-        value = values.detach().double().amax().cpu() if values.numel() else start
+        value = values.detach().cpu().double().amax() if values.numel() else start
         self.maxima[name] = torch.maximum(self.maxima.get(name, start), value)
 
     def _add(self, name: str, pair: Tensor) -> None:
-        pair = pair.cpu()
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def merge(self, other: Metrics) -> None:

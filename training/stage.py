@@ -47,6 +47,12 @@ def check_files(*files: str | None) -> None:
             raise UserError(f"{file}: no such file")
 
 
+def check_eval_file(args: PackedTrainingArguments, file: str | None) -> None:
+    """Raise `UserError` for held-out rows that nothing would ever look at."""
+    if file is not None and args.eval_strategy == "no" and not args.eval_on_start:
+        raise UserError('eval_file is given, but eval_strategy is "no": give "steps" or "epoch"')
+
+
 def open_stage(model_args: ModelArguments, args: PackedTrainingArguments) -> Stage:
     """Load the model and processor that a stage starts from."""
     set_seed(args.seed)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from accelerate import DistributedType
 from torch import Tensor, nn
 from torch import distributed as dist
-from transformers import InternVLProcessor, ProgressCallback, Trainer, TrainingArguments
+from transformers import InternVLProcessor, ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from internvl.chat import normalize_tiles
@@ -33,23 +32,12 @@ from internvl.errors import UserError
 from internvl.logprobs import TokenScores
 from internvl.model import InternVLForConditionalGeneration, adopt
 from internvl.packing import Example, PackedBatch, filler
-from training import checkpoints
+from training import checkpoints, refusals
 from training.arguments import PackedTrainingArguments
 from training.batches import STEP_BATCH, StepBatch, StepCollator, StepLoader, StepSampler
 from training.metrics import Metrics, sum_over_ranks
 from training.progress import StageProgress
-from training.refusals import refuse_other_backend, refuse_unread
-
-# what a run's mathematics depends on, beside the stage's own options
-_SAME_RUN = (
-    "per_device_train_batch_size", "world_size", "seed", "learning_rate", "weight_decay",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "bf16", "fp16", "max_grad_norm",
-    "max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
-    "data_seed",
-)  # fmt: skip
-# options of ours that may change between a kill and a restart
-_FREE = {"resume", "quarantine_file", "max_bad", "max_tokens_per_microbatch",
-         "max_tiles_per_microbatch"}  # fmt: skip
+from training.settings import run_settings
 
 
 class PackedTrainer(Trainer):
@@ -82,9 +70,8 @@ class PackedTrainer(Trainer):
             raise UserError(
                 "nn.DataParallel is not supported: start one process a GPU with accelerate launch"
             )
-        refuse_unread(kwargs)
+        refusals.refuse_unread(kwargs)
         internvl = adopt(model)
-        internvl.config.use_cache = False
         limit = args.max_length or internvl.config.text_config.max_position_embeddings
         self.encoder = encoder or Encoder(processing_class, args.max_tiles, limit)
         if args.freeze_vision:
@@ -92,10 +79,11 @@ class PackedTrainer(Trainer):
             internvl.model.multi_modal_projector.requires_grad_(False)
         self._metrics = Metrics()
         self._resumed: dict[str, Any] | None = None  # the marker's record of the checkpoint
-        try:
+        with refusals.told_in_one_line():
             if peft_config is not None:
                 from peft import get_peft_model
 
+                set_seed(args.seed)  # a restart must draw the same adapter: MPO's reference
                 model = get_peft_model(internvl, peft_config)
             super().__init__(
                 model=model,
@@ -105,9 +93,8 @@ class PackedTrainer(Trainer):
                 processing_class=processing_class,
                 **kwargs,
             )
-        except (ValueError, ImportError) as error:  # options that do not go together, or not here
-            raise UserError(" ".join(str(error).split())) from error
-        refuse_other_backend(args, self.accelerator.distributed_type)
+        refusals.refuse_other_backend(args, self.accelerator)
+        refusals.warn_of_rounding(self)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(StageProgress(self.progress_metrics))
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, by global counts
@@ -184,6 +171,16 @@ class PackedTrainer(Trainer):
 
     # ---- the step ----
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own; an optimizer that is not installed is one line."""
+        with refusals.told_in_one_line():
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own; a schedule without the arguments it needs is one line."""
+        with refusals.told_in_one_line():
+            return super().create_scheduler(*args, **kwargs)
+
     def pixel_values(self, batch: PackedBatch) -> Tensor:
         """The batch's tiles normalised on the device; one black tile where there is none."""
         tiles = batch.tiles
@@ -194,7 +191,10 @@ class PackedTrainer(Trainer):
     def score(self, model: nn.Module, batch: PackedBatch) -> TokenScores:
         """Log-probabilities of a micro-batch (on the CPU or the device) under `model`."""
         batch = batch.on(self.args.device)
-        return model(packed=batch, pixel_values=self.pixel_values(batch), **self.score_options())
+        pixels = self.pixel_values(batch)
+        # accelerate wraps a model only once it is prepared; MPO's reference is scored before that
+        with self.accelerator.autocast():
+            return model(packed=batch, pixel_values=pixels, **self.score_options())
 
     def _microbatches(self, step: StepBatch) -> Iterable[tuple[PackedBatch, bool]]:
         """This rank's micro-batches and, after them, fillers up to the slowest rank's number."""
@@ -227,10 +227,9 @@ class PackedTrainer(Trainer):
             gradient_state._set_sync_gradients(last)
             sync = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
             with sync:
-                with self.compute_loss_context_manager():
-                    device_batch = batch.on(self.args.device)
-                    scores = self.score(model, device_batch)
-                    loss, metrics = self.loss(scores, device_batch, counts)
+                device_batch = batch.on(self.args.device)
+                scores = self.score(model, device_batch)
+                loss, metrics = self.loss(scores, device_batch, counts)
                 # DDP, FSDP and DeepSpeed average gradients over ranks; the loss is a global sum
                 self.accelerator.backward(loss * self.args.world_size, **options)
             total += loss.detach()
@@ -273,10 +272,8 @@ class PackedTrainer(Trainer):
             samples += int(counts["examples"])
             total = 0.0
             for batch, _ in self._microbatches(step):
-                with self.compute_loss_context_manager():
-                    device_batch = batch.on(self.args.device)
-                    scores = self.score(model, device_batch)
-                    loss, part = self.loss(scores, device_batch, counts)
+                device_batch = batch.on(self.args.device)
+                loss, part = self.loss(self.score(model, device_batch), device_batch, counts)
                 metrics.merge(part)
                 total += float(loss)
             # each rank adds its part of the sum, and its share of the count
@@ -288,15 +285,12 @@ class PackedTrainer(Trainer):
 
     # ---- checkpoints ----
 
-    def run_settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         """What must be the same when a run goes on: checked against the checkpoint's record."""
-        base = {field.name for field in fields(TrainingArguments)}
-        own = [f.name for f in fields(self.args) if f.name not in base | _FREE]
-        values = {name: getattr(self.args, name) for name in (*_SAME_RUN, *own)}
-        values["train_examples"] = None if self.train_dataset is None else len(self.train_dataset)
-        return {
-            name: v if isinstance(v, int | float | None) else str(v) for name, v in values.items()
-        }
+        model = self.accelerator.unwrap_model(self.model)
+        settings = run_settings(self.packed_args, model, self.accelerator.mixed_precision)
+        rows = self.train_dataset
+        return {**settings, "train_examples": None if rows is None else len(rows)}
 
     def stage_state(self) -> dict[str, Any]:
         """JSON-able state of the stage beyond transformers' own, saved by the main process."""
@@ -321,29 +315,41 @@ class PackedTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's checkpoint, our state beside it, and the marker last."""
+        output_dir = Path(self.args.output_dir)
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            checkpoints.begin(folder)
+        self._wait_for_all()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        output_dir = Path(self.args.output_dir)
-        folder = output_dir / f"checkpoint-{self.state.global_step}"
         self.save_rank_state(folder)
-        if self.args.world_size > 1:
-            dist.barrier()
+        self._wait_for_all()
         if self.is_world_process_zero():
             record = {
                 "step": self.state.global_step,
                 "weights": checksum(self._trainable()) if self._weights_are_whole else None,
                 "finished": self.control.should_training_stop,
                 "resumable": not self.args.save_only_model,
-                "settings": self.run_settings(),
+                "settings": self._settings(),
                 "stage": self.stage_state(),
             }
             checkpoints.mark_complete(folder, record)
-            checkpoints.keep_newest(output_dir, limit)
+            best = self.state.best_model_checkpoint
+            checkpoints.keep_newest(output_dir, limit, None if best is None else Path(best))
+        self._wait_for_all()
+
+    def _wait_for_all(self) -> None:
         if self.args.world_size > 1:
             dist.barrier()
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own, but how often to log, save and evaluate is what the options say."""
+        begun = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # on resume it took the checkpoint's
+        return begun
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load a checkpoint's weights strictly and compare their checksum with its record."""
@@ -377,20 +383,16 @@ class PackedTrainer(Trainer):
         if self.packed_args.resume == "never" and checkpoints.all_checkpoints(output_dir):
             raise UserError(f"{output_dir} holds checkpoints and resume is 'never'")
         if folder is not None:
-            record = checkpoints.read_marker(folder)
-            checkpoints.check_same_run(folder, record["settings"], self.run_settings())
-            if not record["resumable"]:
-                raise UserError(
-                    f"{folder} was saved with save_only_model, so nothing can go on from it; "
-                    "choose another output_dir, or remove the folder"
-                )
+            checkpoints.check_same_run(folder, self._settings())
+            refusals.refuse_sharded(self, "going on from a checkpoint")
+        checkpoints.refuse_foreign(output_dir)
+        self._wait_for_all()
         if self.is_world_process_zero():
             for broken in checkpoints.remove_incomplete(output_dir):
                 print(f"{broken}: half-written, removed")
             if folder is not None:
                 print(f"going on from {folder}")
-        if self.args.world_size > 1:
-            dist.barrier()
+        self._wait_for_all()
         self.train(resume_from_checkpoint=None if folder is None else str(folder))
         self.save_model()
         self.save_state()
