@@ -51,7 +51,8 @@ def main() -> None:
         backend=args.sampler,
         seed=args.seed,
         max_model_len=longest + args.max_completion_length,
-        dtype=model_args.dtype,
+        dtype="bfloat16" if args.bf16 else model_args.dtype,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
     )
     trainer = RLTrainer(
         model=stage.model,

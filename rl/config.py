@@ -34,6 +34,13 @@ class RLConfig(PackedTrainingArguments):
     sampler: str = field(
         default="auto", metadata={"help": "'vllm', 'transformers', or 'auto': vLLM where it is."}
     )
+    vllm_gpu_memory_utilization: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of a GPU that vLLM may fill beside the trainer, its weights included "
+            "(0.3 is a start); by default vLLM's own, which leaves the trainer little."
+        },
+    )
     max_logprob_gap: float | None = field(
         default=None,
         metadata={

@@ -27,4 +27,5 @@ def test_example_parses(file: Path) -> None:
     argv = ["--config", str(file), "--bf16", "false"]
     config, model = parse_config([config_type, ModelArguments], file.stem, argv)
     assert config.output_dir.startswith("out/")
-    assert model.dtype == "bfloat16"
+    # what is trained whole is held in float32: at these rates 16 bits would round updates away
+    assert model.dtype == ("bfloat16" if model.use_peft else "float32")
