@@ -17,7 +17,8 @@ from internvl.encoding import Encoder
 from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
 
-MAX_TILES = 4  # 56x56: 1 tile; 112x56: 2 and a thumbnail; 112x112: 4 and a thumbnail
+# 56x56: 1 tile; 112x56: 2 and a thumbnail; 168x56: 3 (of a budget of 2: 2); 112x112: 4
+MAX_TILES = 4
 QUESTIONS: dict[str, tuple[str, list[tuple[int, int]], list[str]]] = {
     "one completion": (
         "<image>\nWhat is the red bar minus the blue bar?",
@@ -32,7 +33,7 @@ QUESTIONS: dict[str, tuple[str, list[tuple[int, int]], list[str]]] = {
     "no image": ("What is 4 + 5?", [], ["4 + 5 = 9. Final Answer: 9", "Final Answer: 8"]),
     "two images": (
         "<image>\nand <image>\nWhich red bar is it?",
-        [(56, 56), (112, 56)],
+        [(56, 56), (168, 56)],
         ["The red bar is 7.", "It looks clear from the chart. Final Answer: 7"],
     ),
     "many tiles": ("<image>\nWhat is the chart?", [(112, 112)], ["The red bar.", "The blue bar."]),

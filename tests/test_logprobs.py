@@ -217,6 +217,25 @@ def test_no_tensor_of_tokens_by_vocabulary(cases: Cases, batch: PackedBatch) -> 
     cases.model.zero_grad()
 
 
+@pytest.mark.parametrize("rows", [5, None])
+def test_no_logits_are_kept_for_backward(
+    cases: Cases, batch: PackedBatch, rows: int | None
+) -> None:
+    """In chunks they are made anew in backward; a single chunk is within the bound and is kept."""
+    vocab, kept = vocabulary(cases), 0
+
+    def pack_hook(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        if tensor.ndim == 2 and tensor.shape[1] == vocab and tensor.shape[0] != 128:
+            kept += len(tensor)
+        return tensor
+
+    options = {} if rows is None else {"max_logits": rows * vocab}
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+        packed_loss(cases, batch, 12, **options)
+    assert kept == 0 if rows else kept >= len(batch.targets)
+
+
 def test_wrong_number_of_image_slots_is_an_error(cases: Cases) -> None:
     example = cases.examples[0]
     wrong = pack([example])

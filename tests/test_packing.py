@@ -77,7 +77,7 @@ def test_encoding_is_the_processors_own(cases: Cases) -> None:
         else:
             assert example.tiles.dtype == torch.uint8
             assert torch.equal(normalize_tiles(cases.processor, example.tiles), plain.pixels)
-    # two images share the budget of 4 tiles: one tile, and two with their thumbnail
+    # two images share the budget of 4 tiles: one tile, and two (alone: three) with a thumbnail
     assert [example.num_tiles for example in cases.examples] == [1, 1, 0, 1 + 3, 5, 3]
 
 

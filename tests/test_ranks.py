@@ -18,6 +18,7 @@ from plain import gradient_error
 from trainer_cases import train, write_images
 from two_ranks import CASES, IMAGES, WORLD, Case
 
+pytestmark = pytest.mark.xdist_group("ranks")  # in one test process, so that it is one start
 QUICK = ["mpo-uneven-last", "sft-empty-last", "fsdp-no-sync"]
 SLOW = [name for name in CASES if name not in QUICK]
 Start = tuple[Path, dict[str, list[dict[str, Any]]]]

@@ -23,6 +23,7 @@ from trainer_cases import (
     STAGES,
     Recorded,
     conversations,
+    make_trainer,
     pairs,
     train,
     write_images,
@@ -93,6 +94,27 @@ def test_budget_changes_nothing(
         assert many.evaluation[key] == pytest.approx(value, rel=1e-4), key
     assert one.delta == pytest.approx(many.delta, rel=1e-6, nan_ok=True)
     assert [log["loss"] for log in one.logs] == pytest.approx(one.losses, rel=1e-6)
+
+
+def test_gradients_are_synchronised_at_the_last_microbatch(
+    tiny_model: Path, images: Path, tmp_path: Path
+) -> None:
+    """DeepSpeed would step, and DDP reduce, at each backward that accelerate calls synchronised."""
+    options: dict[str, Any] = {"max_tokens_per_microbatch": SMALL, "max_steps": 1}
+    rows = conversations(images, 4)
+    trainer = make_trainer(
+        "sft", tiny_model, tmp_path, rows, Recorded(), per_device_train_batch_size=4, **options
+    )
+    synchronised = []
+    backward = trainer.accelerator.backward
+
+    def watched(loss: Tensor, **kwargs: Any) -> None:
+        synchronised.append(trainer.accelerator.sync_gradients)
+        backward(loss, **kwargs)
+
+    trainer.accelerator.backward = watched
+    trainer.train()
+    assert synchronised == [False, False, False, True]
 
 
 # ---------------------------------------------------------------- against the plain computation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from plain import Plain, call_processor, load_plain, noise_image, plain_logprobs
 from torch import Tensor
 from transformers import TrainerCallback
 
+from internvl.chat import load_processor
 from internvl.checkpoint import load_model
 from internvl.data import Row
 from internvl.encoding import Encoder
@@ -259,7 +261,7 @@ def make_trainer(
 ) -> Any:
     """A trainer of the tiny model on CPU; `options` over COMMON."""
     config, kind = STAGES[stage]
-    processor = load_plain(model)[1]
+    processor = load_processor(str(model))
     extra: dict[str, Any] = {}
     if stage == "rl":
         extra["sampler"] = ScriptedSampler(model)
@@ -281,7 +283,11 @@ def train(stage: str, model: Path, output: Path, rows: Sequence[Row], **options:
     """Train to the end and return what was recorded."""
     recorded = Recorded()
     trainer = make_trainer(stage, model, output, rows, recorded, **options)
-    trainer.train()
+    gc.freeze()  # Trainer collects garbage when it starts: not through all libraries, each time
+    try:
+        trainer.train()
+    finally:
+        gc.unfreeze()
     recorded.logs = [log for log in trainer.state.log_history if "loss" in log]
     recorded.norms = [log["grad_norm"] for log in recorded.logs]
     recorded.trainer = trainer
