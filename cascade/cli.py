@@ -54,6 +54,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from cascade.evaluate import EvaluationConfig, evaluate
     from internvl.data import Quarantine, check_images, read_rows
     from internvl.sampler import open_sampler
+    from rewards import request_fault
 
     for name in ("samples", "max_tokens", "max_tiles"):
         if vars(args)[name] < 1:
@@ -65,7 +66,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     rows = read_rows(
         args.questions, kind="question", quarantine=quarantine, image_root=args.image_root
     )
-    rows = check_images(rows, quarantine=quarantine)
+    rows = check_images(rows, quarantine=quarantine, record_fault=request_fault)
     count = dict(_named_text(item) for item in args.count)
     config = EvaluationConfig(args.samples, args.max_tokens, args.max_tiles, args.seed, count)
     sampler = open_sampler(args.model, backend=args.backend, seed=args.seed, dtype=args.dtype)

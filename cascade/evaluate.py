@@ -17,6 +17,8 @@ from rewards import verify
 if TYPE_CHECKING:
     from internvl.sampler import Completion, Sampler
 
+QUESTIONS_AT_ONCE = 256  # their images are in memory together
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -68,7 +70,8 @@ def _judge(row: Row, completions: Sequence[Completion]) -> list[dict[str, Any]]:
     return out
 
 
-def _requests(rows: Sequence[Row], seed: int) -> list[Any]:
+def _requests(rows: Sequence[Row], first: int, seed: int) -> list[Any]:
+    """The requests of rows number `first` and on."""
     from internvl.sampler import SampleRequest
 
     return [
@@ -76,8 +79,9 @@ def _requests(rows: Sequence[Row], seed: int) -> list[Any]:
             question=row.data["question"],
             images=tuple(load_image(path) for path in row.image_paths()),
             seed=seed + 1_000_003 * index,
+            system=row.data.get("system"),
         )
-        for index, row in enumerate(rows)
+        for index, row in enumerate(rows, start=first)
     ]
 
 
@@ -85,29 +89,39 @@ def predict(
     rows: Sequence[Row], sampler: Sampler, config: EvaluationConfig
 ) -> list[dict[str, Any]]:
     """Answer and judge every question: one prediction record each, in the rows' order."""
+    from tqdm import tqdm
+
     from internvl.sampler import SamplingConfig
 
-    requests = _requests(rows, config.seed)
     limits: dict[str, Any] = {"max_tokens": config.max_tokens, "max_tiles": config.max_tiles}
-    greedy = sampler.sample(requests, SamplingConfig(temperature=0.0, **limits), progress=True)
-    sampled = sampler.sample(
-        requests, SamplingConfig(n=config.samples, temperature=1.0, **limits), progress=True
-    )
+    greedy = SamplingConfig(temperature=0.0, **limits)
+    sampled = SamplingConfig(n=config.samples, temperature=1.0, **limits)
     records = []
-    for row, one, many in zip(rows, greedy, sampled, strict=True):
-        images = [str(path.resolve()) for path in row.image_paths()]
-        records.append(
-            {
-                "id": row.data["id"],
-                "image": images,
-                "question": row.data["question"],
-                "answer": row.data["answer"],
-                **({"solution": row.data["solution"]} if "solution" in row.data else {}),
-                "greedy": _judge(row, one)[0],
-                "sampled": _judge(row, many),
-            }
-        )
+    with tqdm(total=len(rows), desc="evaluating", unit="question") as bar:
+        for start in range(0, len(rows), QUESTIONS_AT_ONCE):
+            part = rows[start : start + QUESTIONS_AT_ONCE]
+            requests = _requests(part, start, config.seed)
+            answers = zip(
+                part,
+                sampler.sample(requests, greedy),
+                sampler.sample(requests, sampled),
+                strict=True,
+            )
+            records += [_record(row, one, many) for row, one, many in answers]
+            bar.update(len(part))
     return records
+
+
+def _record(row: Row, one: Sequence[Completion], many: Sequence[Completion]) -> dict[str, Any]:
+    return {
+        "id": row.data["id"],
+        "image": [str(path.resolve()) for path in row.image_paths()],
+        "question": row.data["question"],
+        "answer": row.data["answer"],
+        **({"solution": row.data["solution"]} if "solution" in row.data else {}),
+        "greedy": _judge(row, one)[0],
+        "sampled": _judge(row, many),
+    }
 
 
 def summarise(

@@ -156,7 +156,12 @@ def encode_text(processor: InternVLProcessor, text: str) -> list[int]:
 
 
 def encode_completion(processor: InternVLProcessor, text: str) -> list[int]:
-    """A completion's ids, ended by the end-of-turn token."""
+    """A completion's ids, ended by the end-of-turn token.
+
+    Raises `DataError` when the text holds an image token: there is no image behind it.
+    """
+    if processor.image_token in text:
+        raise DataError(f"the completion holds the image token {processor.image_token!r}: {text!r}")
     return [*encode_text(processor, text), eos_token_id(processor)]
 
 

@@ -4,7 +4,8 @@
                  \\                     \\
                   `--- quarantine.jsonl: {"file", "line", "reason", "row"} ---'
 
-One JSON object a line; fields that are not named here are kept and passed through.
+One JSON object a line; a question, pair or conversation may carry a "system" prompt; fields that
+are not named here are kept and passed through.
 
     question      {"id": "q7", "image": "a.png", "question": "<image>\\nHow many?", "answer": "3"}
     rollout       question + {"sample": 0, "completion": "...", "token_ids": [...], ...}
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Kind = Literal["question", "rollout", "verdict", "pair", "conversation"]
+RecordFault = Callable[[dict[str, Any]], str | None]
 IMAGE_PLACEHOLDER = "<image>"
 MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own limit: above it an image is taken for a bomb
 
@@ -172,6 +174,10 @@ def find_fault(row: object, kind: Kind) -> str | None:
     listed = isinstance(image, list) and all(isinstance(name, str) for name in image)
     if not (image is None or isinstance(image, str) or listed):
         return "field 'image' is neither a path nor a list of paths"
+    if row.get("video"):
+        return "field 'video': videos are not supported yet"
+    if not isinstance(row.get("system", ""), str):
+        return f"field 'system' is {type(row['system']).__name__}, expected a string"
     if fault := _FAULTS[kind](row):
         return fault
     images = 0 if image is None else 1 if isinstance(image, str) else len(image)
@@ -182,8 +188,11 @@ def find_fault(row: object, kind: Kind) -> str | None:
 
 
 def _key(row: dict[str, Any], kind: Kind) -> tuple[object, ...] | None:
-    """What must be unique in a file: the id (rollouts: with the sample's number)."""
-    if "id" not in row:
+    """What must be unique in a file: the id (rollouts: with the sample's number).
+
+    Nothing is looked up by a conversation's id, and published sets repeat theirs.
+    """
+    if "id" not in row or kind == "conversation":
         return None
     return (row["id"], row["sample"]) if kind in ("rollout", "verdict") else (row["id"],)
 
@@ -230,6 +239,12 @@ def _annotations(path: Path, image_root: Path | None) -> Iterator[tuple[Path, Pa
         annotation = path.parent / entry["annotation"]
         if not annotation.is_file():
             raise DataError(f"{path}: data set {name!r}: {annotation}: no such file")
+        for option in ("data_augment", "max_dynamic_patch"):
+            if entry.get(option):
+                raise DataError(
+                    f"{path}: data set {name!r}: {option} is {entry[option]!r}, which is not "
+                    "supported here; take it out (the tile budget is the option max_tiles)"
+                )
         root = image_root or path.parent / entry.get("root", "")
         yield annotation, root, float(entry.get("repeat_time", 1))
 
@@ -280,8 +295,19 @@ def load_image(path: Path) -> Image.Image:
         raise DataError(f"{path}: no such image") from None
     except UnidentifiedImageError:
         raise DataError(f"{path}: not an image that Pillow can read") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    # what Pillow's decoders raise on bytes that were changed is not documented: these were seen
+    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: corrupt image: {error}") from None
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image that has no fault; only the start of its file is read."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.size
 
 
 def image_fault(row: Row) -> str | None:
@@ -297,16 +323,22 @@ def image_fault(row: Row) -> str | None:
     return None
 
 
-def check_images(rows: Sequence[Row], *, quarantine: Quarantine) -> list[Row]:
+def check_images(
+    rows: Sequence[Row], *, quarantine: Quarantine, record_fault: RecordFault | None = None
+) -> list[Row]:
     """The rows whose images all decode; the others go to the quarantine.
 
+    record_fault: what the caller itself finds wrong with a record, or None.
     Raises `DataError` when the quarantine holds more than it allows, or no row is left.
     """
     from tqdm import tqdm
 
+    def fault_of(row: Row) -> str | None:
+        return (record_fault(row.data) if record_fault else None) or image_fault(row)
+
     good = []
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        faults = pool.map(image_fault, rows, chunksize=64)
+        faults = pool.map(fault_of, rows, chunksize=64)
         for row, fault in zip(tqdm(rows, desc="checking images", delay=2), faults, strict=False):
             if fault is None:
                 good.append(row)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from internvl.chat import (
     cut_tiles,
     encode_completion,
+    encode_prompt,
     encode_text,
     eos_token_id,
     expand_images,
@@ -18,7 +19,15 @@ from internvl.chat import (
     render_prompt,
     tile_settings,
 )
-from internvl.data import Kind, Quarantine, Row, image_fault, load_image
+from internvl.data import (
+    Kind,
+    Quarantine,
+    RecordFault,
+    Row,
+    image_fault,
+    image_size,
+    load_image,
+)
 from internvl.errors import DataError
 from internvl.packing import Example
 
@@ -42,12 +51,14 @@ class Encoder:
 
     def completions(self, row: Row, completions: Sequence[list[int]]) -> Example:
         """A question (or pair) row's prompt with the given completions' ids."""
-        tiles, counts = cut_tiles(
-            self.processor, [load_image(path) for path in row.image_paths()], self.max_tiles
+        prompt = encode_prompt(
+            self.processor,
+            row.data["question"],
+            [load_image(path) for path in row.image_paths()],
+            self.max_tiles,
+            row.data.get("system"),
         )
-        text = render_prompt(self.processor, row.data["question"], row.data.get("system"))
-        ids = encode_text(self.processor, expand_images(self.processor, text, counts))
-        return Example(ids, tiles, list(completions), self._slots(ids))
+        return Example(prompt.ids, prompt.tiles, list(completions), self._slots(prompt.ids))
 
     def pair(self, row: Row) -> Example:
         """A preference pair: completion 0 is chosen, completion 1 rejected."""
@@ -106,10 +117,12 @@ class Encoder:
         return turns
 
     def length(self, row: Row, kind: Kind) -> int:
-        """Tokens of a row's prompt and longest completion, from the image sizes alone."""
+        """Tokens of a row's prompt and longest completion; of its images only the size is read."""
         if kind == "conversation":
-            texts = [text + answer for text, answer in self._turns(row)]
-            text_tokens = sum(len(encode_text(self.processor, t)) + 1 for t in texts)
+            text_tokens = sum(
+                len(encode_text(self.processor, text)) + len(encode_completion(self.processor, end))
+                for text, end in self._turns(row)
+            )
         else:
             prompt = render_prompt(self.processor, row.data["question"], row.data.get("system"))
             longest = 0
@@ -120,38 +133,52 @@ class Encoder:
         settings = tile_settings(len(row.images), self.max_tiles)
         visual = 0
         for path in row.image_paths():
-            image = load_image(path)
+            width, height = image_size(path)
             tiles = self.processor.image_processor.get_number_of_image_patches(
-                image.height, image.width, settings
+                height, width, settings
             )
             # the placeholder itself was counted as text; <img> and </img> are added
             visual += tiles * self.processor.image_seq_length + 1
         return text_tokens + visual
 
-    def fault(self, row: Row, kind: Kind) -> str | None:
-        """Why a row cannot be trained on, or None: its images and its length are looked at."""
+    def fault(self, row: Row, kind: Kind, room: int = 0) -> str | None:
+        """Why a row cannot be trained on, or None: its images and its length are looked at.
+
+        room: tokens that must be left beside it, for a completion that is yet to be sampled.
+        """
         if fault := image_fault(row):
             return fault
         try:
             length = self.length(row, kind)
         except DataError as error:
             return str(error)
-        if length > self.max_length:
-            return f"{length} tokens, over max_length {self.max_length} (never cut; see max_tiles)"
+        if length + room > self.max_length:
+            beside = f" and {room} for its completion" if room else ""
+            over = f"over max_length {self.max_length} (never cut; see max_tiles)"
+            return f"{length} tokens{beside}, {over}"
         return None
 
 
 def usable_rows(
-    rows: Sequence[Row], encoder: Encoder, kind: Kind, quarantine: Quarantine, *, quiet: bool
+    rows: Sequence[Row],
+    encoder: Encoder,
+    kind: Kind,
+    quarantine: Quarantine,
+    *,
+    quiet: bool,
+    room: int = 0,
+    record_fault: RecordFault | None = None,
 ) -> list[Row]:
     """The rows that can be trained on; the others go to the quarantine with their reason.
 
-    Every image is decoded once and every length counted, before the first step is run.
+    Every image is decoded and every length counted, before the first step is run. room: see
+    `Encoder.fault`. record_fault: what the stage itself finds wrong with a record, or None.
     Raises `DataError` when more are bad than the quarantine allows, or none is left.
     """
     good = []
     for row in tqdm(rows, desc="checking rows", unit="row", disable=quiet, delay=1):
-        if fault := encoder.fault(row, kind):
+        fault = record_fault(row.data) if record_fault else None
+        if fault := fault or encoder.fault(row, kind, room):
             quarantine.add(row.file, row.line, fault, row.data)
         else:
             good.append(row)

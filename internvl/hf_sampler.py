@@ -120,7 +120,9 @@ class TransformersSampler:
     ) -> list[list[Completion]]:
         """Sample all completions of a few requests together."""
         prompts = [
-            encode_prompt(self._processor, request.question, request.images, config.max_tiles)
+            encode_prompt(
+                self._processor, request.question, request.images, config.max_tiles, request.system
+            )
             for request in requests
         ]
         rows = [

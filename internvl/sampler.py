@@ -37,12 +37,13 @@ class SampleRequest:
     """One question to answer.
 
     question: with one "<image>" for each of `images` (RGB). seed: makes this request's samples
-    repeatable, whatever else is in the batch.
+    repeatable, whatever else is in the batch. system: the system prompt, if any.
     """
 
     question: str
     images: tuple[Image.Image, ...]
     seed: int
+    system: str | None = None
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,8 @@ class VLLMSampler:
 
     def _render(self, request: SampleRequest, max_tiles: int, **options: bool) -> Any:
         """The request as the engine takes it: expanded ids and processed pixels."""
-        ids = encode_text(self._processor, render_prompt(self._processor, request.question))
+        text = render_prompt(self._processor, request.question, request.system)
+        ids = encode_text(self._processor, text)
         self._check_length(request, len(ids))
         prompt: dict[str, Any] = {"prompt_token_ids": ids}
         if request.images:

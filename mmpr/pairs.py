@@ -178,10 +178,10 @@ def _pair(
     chosen: dict[str, Any], rejected: dict[str, Any], number: int, kind: str
 ) -> dict[str, Any]:
     """One line of MMPR; `kind` (correctness or format) is ours, and readers pass it through."""
-    image = {"image": chosen["image"]} if chosen.get("image") is not None else {}
+    shared = {name: chosen[name] for name in ("image", "system") if chosen.get(name) is not None}
     return {
         "id": f"{chosen['id']}-{number}",
-        **image,
+        **shared,
         "question": chosen["question"],
         "chosen": chosen["completion"],
         "rejected": rejected["completion"],

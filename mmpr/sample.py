@@ -150,7 +150,7 @@ def pending_rows(rows: Sequence[Row], done: dict[str, dict[str, Any]], output: P
                 f"{output} holds question {question_id!r}, which is not among the questions now. "
                 "Give another --output, or the same questions to go on."
             )
-        for key in ("question", "image", "answer"):
+        for key in ("question", "image", "answer", "system"):
             if record.get(key) != row.data.get(key):
                 raise UserError(
                     f"{row.file}:{row.line}: {key!r} of question {question_id!r} has changed since "
@@ -180,7 +180,10 @@ def make_request(row: Row, seed: int) -> SampleRequest:
         raise DataError(fault)
     images = tuple(load_image(path) for path in row.image_paths())
     return SampleRequest(
-        question=row.data["question"], images=images, seed=question_seed(seed, row.data["id"])
+        question=row.data["question"],
+        images=images,
+        seed=question_seed(seed, row.data["id"]),
+        system=row.data.get("system"),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from internvl.data import Quarantine, Row
-from rewards import MATCHERS, Outcome, verify
+from rewards import Outcome, request_fault, verify
 
 
 @dataclass
@@ -48,18 +48,6 @@ class VerifyReport:
             "matchers": dict(self.matchers),
             "cannot_judge_reasons": dict(self.reasons.most_common(20)),
         }
-
-
-def request_fault(record: dict[str, Any]) -> str | None:
-    """What is wrong with the matcher or the options that a record asks for, or None."""
-    matcher, options = record.get("matcher"), record.get("options")
-    if matcher is not None and matcher not in MATCHERS:
-        return f"matcher {matcher!r} is unknown; one of: {', '.join(MATCHERS)}"
-    if options is not None and not (
-        isinstance(options, list) and all(isinstance(item, str) for item in options)
-    ):
-        return "field 'options' is not a list of strings"
-    return None
 
 
 def verify_rollout(

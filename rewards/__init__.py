@@ -13,7 +13,7 @@ format_ok=True, reason=None)
 from rewards.extract import STYLES, Extraction, extract
 from rewards.match import MATCHERS
 from rewards.reasons import CannotJudge
-from rewards.verdict import Outcome, Verdict, verify
+from rewards.verdict import Outcome, Verdict, request_fault, verify
 
 __all__ = [
     "MATCHERS",
@@ -23,5 +23,6 @@ __all__ = [
     "Outcome",
     "Verdict",
     "extract",
+    "request_fault",
     "verify",
 ]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from rewards.extract import extract
 from rewards.match import MATCHERS, get_matcher
@@ -59,6 +60,22 @@ def choose_matcher(gold: str, options: Sequence[str] | None = None) -> str:
     if options or _CAPITAL.fullmatch(gold.strip()):
         return "choice"
     return "number" if read_number(gold, known_units=True) is not None else "exact"
+
+
+def request_fault(record: Mapping[str, Any]) -> str | None:
+    """What is wrong with the "matcher" or the "options" that a question asks for, or None.
+
+    >>> request_fault({"matcher": "psychic"})
+    "matcher 'psychic' is unknown; one of: exact, vqa, choice, number, relaxed, anls, math"
+    """
+    matcher, options = record.get("matcher"), record.get("options")
+    if matcher is not None and matcher not in MATCHERS:
+        return f"matcher {matcher!r} is unknown; one of: {', '.join(MATCHERS)}"
+    if options is not None and not (
+        isinstance(options, list) and all(isinstance(item, str) for item in options)
+    ):
+        return "field 'options' is not a list of strings"
+    return None
 
 
 def verify(

@@ -39,12 +39,17 @@ def main() -> None:
         [RLConfig, ModelArguments], "python -m rl", about=_ABOUT, example=_EXAMPLE
     )
     from internvl.sampler import open_sampler
+    from rewards import request_fault
     from rl.trainer import RLTrainer
     from training.stage import check_files, open_stage, save_config
 
     check_files(args.train_file)
     stage = open_stage(model_args, args)
-    rows = stage.rows(args.train_file, "question")
+    rows = stage.rows(
+        *(args.train_file, "question"),
+        room=args.max_completion_length,
+        record_fault=request_fault,
+    )
     longest = max(stage.encoder.length(row, "question") for row in rows)
     sampler = open_sampler(
         model_args.model_name_or_path,

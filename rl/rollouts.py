@@ -76,9 +76,13 @@ def questions_of_batch(number: int, size: int, batch: int, seed: int) -> list[in
     return out
 
 
-def request_seed(seed: int, batch: int, question_id: str) -> int:
-    """The sampling seed of a question in a rollout batch, the same in every process."""
-    digest = hashlib.sha256(f"{seed}/{batch}/{question_id}".encode()).digest()
+def request_seed(seed: int, batch: int, question_id: str, repeat: int = 0) -> int:
+    """The sampling seed of a question in a rollout batch, the same in every process.
+
+    repeat: how often it came before in this batch, where there are fewer questions than places.
+    """
+    text = f"{seed}/{batch}/{question_id}" + (f"/{repeat}" if repeat else "")
+    digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
@@ -125,19 +129,25 @@ class RolloutMaker:
         everyone = questions_of_batch(len(self.rows), size, batch, s.seed)
         # shared out step by step: W ranks do in a step what one of W times the questions does
         starts = [(step * s.world_size + s.rank) * s.questions for step in range(s.steps)]
-        mine = [index for start in starts for index in everyone[start : start + s.questions]]
-        requests = [self._request(self.rows[index], batch) for index in mine]
+        places = [place for start in starts for place in range(start, start + s.questions)]
+        mine = [everyone[place] for place in places]
+        repeats = [everyone[:place].count(everyone[place]) for place in places]
+        requests = [
+            self._request(self.rows[index], batch, repeat)
+            for index, repeat in zip(mine, repeats, strict=True)
+        ]
         answers = self.sampler.sample(requests, s.sampling)
         return [
             self._group(index, completions, weight_version)
             for index, completions in zip(mine, answers, strict=True)
         ]
 
-    def _request(self, row: Row, batch: int) -> SampleRequest:
+    def _request(self, row: Row, batch: int, repeat: int) -> SampleRequest:
         return SampleRequest(
             question=row.data["question"],
             images=tuple(load_image(path) for path in row.image_paths()),
-            seed=request_seed(self.settings.seed, batch, row.data["id"]),
+            seed=request_seed(self.settings.seed, batch, row.data["id"], repeat),
+            system=row.data.get("system"),
         )
 
     def _group(self, index: int, completions: list[Completion], weight_version: int) -> Group:

@@ -11,7 +11,7 @@ from transformers import InternVLProcessor, set_seed
 
 from internvl.chat import load_processor
 from internvl.checkpoint import load_model
-from internvl.data import Kind, Quarantine, Row, read_rows, write_json
+from internvl.data import Kind, Quarantine, RecordFault, Row, read_rows, write_json
 from internvl.encoding import Encoder, usable_rows
 from internvl.errors import UserError
 from internvl.model import InternVLForConditionalGeneration
@@ -27,16 +27,35 @@ class Stage:
     processor: InternVLProcessor
     encoder: Encoder
     args: PackedTrainingArguments
-    quarantine: Quarantine
+    quarantine_file: Path
 
-    def rows(self, file: str, kind: Kind) -> list[Row]:
-        """The usable rows of a file; the others go to the quarantine with their reason."""
+    def rows(
+        self,
+        file: str,
+        kind: Kind,
+        *,
+        room: int = 0,
+        record_fault: RecordFault | None = None,
+    ) -> list[Row]:
+        """The usable rows of a file; the others go to the quarantine with their reason.
+
+        room, record_fault: see `usable_rows`. `max_bad` holds for each file.
+        """
+        first = self.args.process_index == 0
+        # one process writes; the others find the same rows and only count them
+        quarantine = Quarantine(self.quarantine_file if first else None, self.args.max_bad)
         root = Path(self.args.image_root) if self.args.image_root else None
-        rows = read_rows(file, kind=kind, quarantine=self.quarantine, image_root=root)
-        quiet = self.args.disable_tqdm or self.args.process_index > 0
-        good = usable_rows(rows, self.encoder, kind, self.quarantine, quiet=bool(quiet))
-        if self.quarantine.count and self.args.process_index == 0:
-            print(f"{self.quarantine.count} bad rows so far, see {self.quarantine.path}")
+        good = usable_rows(
+            read_rows(file, kind=kind, quarantine=quarantine, image_root=root),
+            self.encoder,
+            kind,
+            quarantine,
+            quiet=bool(self.args.disable_tqdm) or not first,
+            room=room,
+            record_fault=record_fault,
+        )
+        if quarantine.count and first:
+            print(f"{file}: {quarantine.count} bad rows so far, see {quarantine.path}")
         return good
 
 
@@ -66,11 +85,9 @@ def open_stage(model_args: ModelArguments, args: PackedTrainingArguments) -> Sta
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be made: {error.strerror}") from None
-    # one process writes; the others find the same rows and only count them
-    quarantine = Quarantine(path if args.process_index == 0 else None, args.max_bad)
     if args.process_index == 0:
         path.unlink(missing_ok=True)  # the rows are read anew, and put aside anew
-    return Stage(model, processor, Encoder(processor, args.max_tiles, limit), args, quarantine)
+    return Stage(model, processor, Encoder(processor, args.max_tiles, limit), args, path)
 
 
 def save_config(args: PackedTrainingArguments, model_args: ModelArguments) -> None:
