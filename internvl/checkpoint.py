@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -48,11 +48,16 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> InternVLForCondit
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: the weights cannot be loaded: {reason}") from None
+    refuse_unmatched(path, info)
+    return adopt(model)
+
+
+def refuse_unmatched(path: str | Path, info: dict[str, Any]) -> None:
+    """Raise `UserError` where from_pretrained (info: what it told) did not match every weight."""
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := info[fault]:
             shown = ", ".join(sorted(map(str, names))[:5])
             raise UserError(f"{path}: {len(names)} {fault.replace('_', ' ')}: {shown}, ...")
-    return adopt(model)
 
 
 def load_weights(model: InternVLForConditionalGeneration, path: str | Path) -> None:
@@ -69,21 +74,6 @@ def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
         value = tensor.detach().to("cpu").contiguous()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def folder_checksum(path: str | Path) -> str:
-    """SHA-256 of the weight files in a checkpoint folder (names and bytes)."""
-    path = Path(path)
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{path}: no safetensors file there")
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as data:
-            while block := data.read(1 << 22):
-                digest.update(block)
     return digest.hexdigest()
 
 

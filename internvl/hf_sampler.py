@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from internvl.chat import (
@@ -23,6 +24,7 @@ from internvl.chat import (
     load_processor,
     normalize_tiles,
 )
+from internvl.checkpoint import DTYPES, refuse_unmatched
 from internvl.errors import UserError
 from internvl.sampler import (
     Completion,
@@ -36,8 +38,6 @@ from internvl.sampler import (
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -258,10 +258,8 @@ def _load(model: Path, dtype: torch.dtype) -> Any:
         loaded, info = AutoModelForImageTextToText.from_pretrained(
             str(model), dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model}: cannot be loaded: {error}") from None
-    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[fault]:
-            shown = ", ".join(sorted(map(str, info[fault]))[:5])
-            raise UserError(f"{model}: {len(info[fault])} {fault.replace('_', ' ')}: {shown}")
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{model}: the weights cannot be loaded: {reason}") from None
+    refuse_unmatched(model, info)
     return loaded
