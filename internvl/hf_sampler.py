@@ -31,6 +31,7 @@ from internvl.sampler import (
     SampleRequest,
     SamplingConfig,
     check_request,
+    context_length,
     first_seed,
     matching,
     too_long,
@@ -79,7 +80,7 @@ class TransformersSampler:
         self._forbidden = forbidden_token_ids(self._processor)
         self._model = _load(model, DTYPES[dtype]).to(self._device).eval()
         context = self._model.config.text_config.max_position_embeddings
-        self._max_model_len = max_model_len or context
+        self._max_model_len = context_length(max_model_len, context)
 
     def sample(
         self, requests: Sequence[SampleRequest], config: SamplingConfig, progress: bool = False

@@ -213,6 +213,16 @@ def too_long(request: SampleRequest, length: int, limit: int) -> DataError:
     )
 
 
+def context_length(asked: int | None, context: int) -> int:
+    """Tokens of prompt and completion together: what was asked for, or what the model allows.
+
+    Raises `UserError` for more than the model allows.
+    """
+    if asked is not None and not 1 <= asked <= context:
+        raise UserError(f"max_model_len is {asked}; this model allows 1 to {context}")
+    return asked or context
+
+
 def matching(
     named: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[str, Tensor]]:

@@ -38,6 +38,7 @@ from internvl.sampler import (
     SampleRequest,
     SamplingConfig,
     check_request,
+    context_length,
     first_seed,
     matching,
     random_state_kept,
@@ -80,7 +81,7 @@ class VLLMSampler:
         self._eos = eos_token_id(self._processor)
         self._forbidden = forbidden_token_ids(self._processor)
         self._shapes, self._tied, context = _describe(model)
-        self._max_model_len = max_model_len or context
+        self._max_model_len = context_length(max_model_len, context)
         self._next_id = 0
         options: dict[str, Any] = {
             "model": str(model),

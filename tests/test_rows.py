@@ -14,13 +14,15 @@ from plain import noise_image
 from internvl.chat import load_processor, render_prompt
 from internvl.data import DataError, Quarantine, find_fault, load_image, read_rows
 from internvl.encoding import Encoder, usable_rows
+from internvl.errors import UserError
 from internvl.sampler import Completion, SampleRequest, SamplingConfig, open_sampler
 from mmpr.pairs import PairConfig, build_pairs
 from mmpr.sample import make_request
 from rewards import Verdict, request_fault
 from rl.config import RLConfig
 from rl.rollouts import RolloutMaker, RolloutSettings
-from training.stage import Stage
+from training.cli import ModelArguments
+from training.stage import Stage, open_stage
 
 QUESTION = {"id": "q", "image": "0.png", "question": "<image>\nHow many?", "answer": "3"}
 SYSTEM = "Answer in one word."
@@ -218,3 +220,13 @@ def test_lengths_are_those_of_the_examples(folder: Path, tiny_model: Path) -> No
     example = encoder.conversation(row)
     assert encoder.length(row, "conversation") == example.num_tokens
     assert example.tiles.dtype == torch.uint8
+
+
+def test_more_tokens_than_the_model_allows(tiny_model: Path, folder: Path) -> None:
+    """Before anything is sampled or trained, and by both samplers in the same words."""
+    for length in (0, 4097):
+        with pytest.raises(UserError, match=f"max_model_len is {length}; this model allows 1 to"):
+            open_sampler(tiny_model, backend="transformers", max_model_len=length)
+    args = RLConfig(output_dir=str(folder / "out"), train_file="t", max_steps=1, max_length=4097)
+    with pytest.raises(UserError, match="max_length is 4097, over the model's own limit of 4096"):
+        open_stage(ModelArguments(str(tiny_model)), args)

@@ -77,7 +77,10 @@ def open_stage(model_args: ModelArguments, args: PackedTrainingArguments) -> Sta
     set_seed(args.seed)
     processor = load_processor(model_args.model_name_or_path)
     model = load_model(model_args.model_name_or_path, dtype=model_args.dtype)
-    limit = args.max_length or model.config.text_config.max_position_embeddings
+    own = model.config.text_config.max_position_embeddings
+    limit = args.max_length or own
+    if limit > own:
+        raise UserError(f"max_length is {limit}, over the model's own limit of {own} tokens")
     output_dir = Path(args.output_dir or "")
     path = Path(args.quarantine_file) if args.quarantine_file else output_dir / "quarantine.jsonl"
     try:
