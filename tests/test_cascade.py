@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from cascade.demo import PRESETS, Demo, load_recipe
-from cascade.stages import Driver, Manifest, Stage
+from cascade.stages import Driver, Manifest, Stage, run_lock
 from internvl.errors import UserError
 
 # a stage: notes that it was called, takes a part of its work each time, and fails where told to
@@ -189,10 +189,23 @@ def driver(run: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_a_killed_driver_goes_on(tmp_path: Path) -> None:
-    process = driver(tmp_path)
+def kill_all(run: Path, process: subprocess.Popen[bytes]) -> None:
+    """Kill a driver with all that it started, and wait until they are gone: the lock is free."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with run_lock(run):
+                return
+        except UserError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_a_killed_driver_goes_on(tmp_path: Path) -> None:
+    process = driver(tmp_path)
+    kill_all(tmp_path, process)
     assert calls(tmp_path) == ["a", "b"]
     stages = [
         stage(tmp_path, "a"),
@@ -214,15 +227,8 @@ def test_a_stage_that_outlives_its_driver_is_not_started_twice(tmp_path: Path) -
     assert str(error.value) == (
         f"{tmp_path}: another process of this run is alive; wait for it, or end it first"
     )
-    os.killpg(process.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            start(tmp_path, *stages)
-            break
-        except UserError:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    kill_all(tmp_path, process)
+    start(tmp_path, *stages)
     assert calls(tmp_path) == ["a", "b", "b"]
 
 
@@ -293,8 +299,7 @@ def demo(run: Path, *, kill_in: str = "", after: float = 0.0) -> str:
         time.sleep(0.05)
     if kill_in:
         time.sleep(after)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_all(run, process)
     else:
         code = process.wait(timeout=1200)
         assert code == 0, log.read_text(errors="replace")[-3000:]
@@ -312,7 +317,6 @@ def test_the_demo_killed_twice(tmp_path: Path) -> None:
     for names in (("sft-careful", "sft", "pairs.sample"), ("mpo", "select.sample", "rl")):
         demo(run, kill_in=rng.choice(names), after=rng.uniform(0, 12))
         assert not (run / "summary.json").exists()
-        time.sleep(1)  # until the last of the killed group has let go of the lock
     demo(run)
 
     summary = json.loads((run / "summary.json").read_text())
