@@ -49,6 +49,11 @@ class SFTConfig(PackedTrainingArguments):
                     "stop_gold_probability brings its own learning rate schedule (warm-up, "
                     "constant, cool-down); leave lr_scheduler_type and its kwargs out"
                 )
+            if self.eval_on_start:
+                raise UserError(
+                    "eval_on_start looks again at every restart, so stop_gold_probability could "
+                    "be reached at another step than without it"
+                )
             if self.cooldown_steps < 1:
                 raise UserError(f"cooldown_steps is {self.cooldown_steps}; it must be at least 1")
             if self.max_steps < 1:

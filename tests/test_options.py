@@ -81,6 +81,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("rl", {"eval_on_start": True}, "evaluate checkpoints with `cascade"),
     ("rl", {"data_seed": 3}, "the order of the questions follows seed"),
     ("sft", {**ADAPTIVE, "lr_scheduler_type": "cosine"}, "brings its own learning rate schedule"),
+    ("sft", {**ADAPTIVE, "eval_on_start": True}, "eval_on_start looks again at every restart"),
     ("sft", {**ADAPTIVE, "cooldown_steps": 0}, "cooldown_steps is 0; it must be at least 1"),
     ("mpo", {"lora_r": 8}, "lora_r is given, but use_peft is not"),
     ("mpo", {"lora_target_modules": ["q_proj"]}, "lora_target_modules is given, but use_peft"),
