@@ -110,6 +110,10 @@ class PackedTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "False, so that a NaN loss is seen."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "False: each backward reaches every parameter, also without an image."},
+    )
     bf16: bool = field(default=False, metadata={"help": "Autocast to bfloat16."})
     save_only_model: bool = field(
         default=False, metadata={"help": "True keeps checkpoints that cannot be resumed."}
