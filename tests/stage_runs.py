@@ -23,7 +23,7 @@ import yaml
 
 PRELOAD = ["torch", "sft.trainer", "mpo.trainer", "rl.trainer", "internvl.hf_sampler"]
 PRELOAD += ["training.cli", "training.stage"]
-SECONDS = 120  # a run takes about two; more is a hang
+SECONDS = 300  # a run takes about two on an idle machine; more is a hang
 # not compared: timings, and what transformers counts over a process's own steps
 NOT_COMPARED = ("_runtime", "_per_second", "train_loss")
 Kill = Callable[[Path], None]  # called with output_dir before the stage starts
