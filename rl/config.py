@@ -73,6 +73,8 @@ class RLConfig(PackedTrainingArguments):
             raise UserError(f"sampler is {self.sampler!r}: 'auto', 'vllm' or 'transformers'")
         if self.eval_strategy != "no" or self.eval_on_start:
             raise UserError("eval_strategy: evaluate checkpoints with `cascade evaluate` instead")
+        if self.dataloader_num_workers:
+            raise UserError("dataloader_num_workers: this stage makes its batches from rollouts")
         if self.data_seed is not None:
             raise UserError("data_seed: the order of the questions follows seed in this stage")
         super().__post_init__()
