@@ -63,7 +63,8 @@ def _judge(row: Row, completions: Sequence[Completion]) -> list[dict[str, Any]]:
             {
                 "completion": completion.text,
                 "outcome": str(verdict.outcome),
-                "format_ok": verdict.format_ok,
+                # one that was cut never followed the format, whatever it holds
+                "format_ok": verdict.format_ok and completion.finish_reason == "stop",
                 "tokens": len(completion.token_ids),
             }
         )

@@ -86,11 +86,11 @@ def request_seed(seed: int, batch: int, question_id: str, repeat: int = 0) -> in
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def reward_of(verdict: Verdict, format_weight: float) -> float | None:
+def reward_of(outcome: str, format_ok: bool, format_weight: float) -> float | None:
     """1 for correct plus `format_weight` for the format; None where it could not be judged."""
-    if verdict.outcome in ("cannot_judge", "timeout"):
+    if outcome in ("cannot_judge", "timeout"):
         return None
-    return float(verdict.outcome == "correct") + format_weight * float(verdict.format_ok)
+    return float(outcome == "correct") + format_weight * float(format_ok)
 
 
 @dataclass
@@ -161,7 +161,14 @@ class RolloutMaker:
             )
             for completion in completions
         ]
-        rewards = [reward_of(verdict, self.settings.format_weight) for verdict in verdicts]
+        outcomes = [str(verdict.outcome) for verdict in verdicts]
+        clipped = [completion.finish_reason == "length" for completion in completions]
+        # a completion that was cut never followed the format, whatever it holds
+        formats = [v.format_ok and not cut for v, cut in zip(verdicts, clipped, strict=True)]
+        rewards = [
+            reward_of(outcome, format_ok, self.settings.format_weight)
+            for outcome, format_ok in zip(outcomes, formats, strict=True)
+        ]
         return Group(
             question=index,
             completions=[list(completion.token_ids) for completion in completions],
@@ -169,8 +176,8 @@ class RolloutMaker:
             sampler_logprobs=[list(completion.logprobs) for completion in completions],
             rewards=rewards,
             advantages=group_advantages(rewards, scale=self.settings.scale_rewards),
-            outcomes=[str(verdict.outcome) for verdict in verdicts],
-            formats=[verdict.format_ok for verdict in verdicts],
-            clipped=[completion.finish_reason == "length" for completion in completions],
+            outcomes=outcomes,
+            formats=formats,
+            clipped=clipped,
             weight_version=weight_version,
         )

@@ -98,16 +98,18 @@ def conversations(folder: Path, number: int) -> list[Row]:
 
 RIGHT, WRONG = "The red bar is 5. Final Answer: 5", "Final Answer: 6"
 NO_ANSWER = "It looks clear from the chart."
-SCRIPT = {  # question -> its completions; rewards: 1 for correct + 0.1 for the format
+# question -> its completions; rewards: 1 for correct + 0.1 for the format, which completion CUT
+# never followed
+SCRIPT = {
     "mixed": [RIGHT, WRONG, WRONG, NO_ANSWER],
     "other": [WRONG, "Final Answer: 5", RIGHT, NO_ANSWER],
-    "equal": [WRONG, WRONG, WRONG, WRONG],  # no spread
+    "equal": [NO_ANSWER] * 4,  # no spread
     "unjudged": [RIGHT, WRONG, RIGHT, WRONG],  # gold is not a number: all None
 }
 REWARDS: dict[str, list[float | None]] = {
-    "mixed": [1.1, 0.1, 0.1, 0.0],
-    "other": [0.1, 1.1, 1.1, 0.0],
-    "equal": [0.1] * 4,
+    "mixed": [1.1, 0.1, 0.0, 0.0],
+    "other": [0.1, 1.1, 1.0, 0.0],
+    "equal": [0.0] * 4,
     "unjudged": [None] * 4,
 }
 CUT = 2  # this completion of a group was cut by the length limit: it has no end-of-turn token
