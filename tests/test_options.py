@@ -99,11 +99,14 @@ def test_an_option_that_nothing_acts_on_is_refused(
 
 
 def test_options_as_they_should_be() -> None:
-    for stage in CONFIGS:
-        parse(stage)
-    parse("sft", **ADAPTIVE, lr_scheduler_type="constant_with_warmup", warmup_steps=5)
-    parse("mpo", save_total_limit=2, metric_for_best_model="loss")
-    parse("mpo", use_peft=True, lora_r=8)
+    for stage, config in CONFIGS.items():
+        assert isinstance(parse(stage)[0], config)
+    args, _ = parse("sft", **ADAPTIVE, lr_scheduler_type="constant_with_warmup", warmup_steps=5)
+    assert (args.lr_scheduler_type, args.warmup_steps) == ("constant_with_warmup", 5)
+    args, _ = parse("mpo", save_total_limit=2, metric_for_best_model="loss")
+    assert (args.save_total_limit, args.metric_for_best_model) == (2, "loss")
+    _, model_args = parse("mpo", use_peft=True, lora_r=8)
+    assert (model_args.use_peft, model_args.lora_r) == (True, 8)
 
 
 def test_held_out_rows_that_nothing_would_look_at_are_refused() -> None:

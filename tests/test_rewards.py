@@ -276,9 +276,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_text_is_judged_quickly(name):
+def test_hostile_text_is_judged_and_not_correct(name):
     for matcher in ("number", "anls"):
-        verify(HOSTILE[name], "5", matcher=matcher)
+        assert verify(HOSTILE[name], "5", matcher=matcher).outcome in ("wrong", "no_answer")
 
 
 TEXT = st.text(
