@@ -122,7 +122,9 @@ class TransformersSampler:
         """Sample all completions of a few requests together."""
         prompts = [
             encode_prompt(
-                self._processor, request.question, request.images, config.max_tiles, request.system
+                *(self._processor, request.question, request.images),
+                request.budget(config.max_tiles),
+                request.system,
             )
             for request in requests
         ]

@@ -37,13 +37,19 @@ class SampleRequest:
     """One question to answer.
 
     question: with one "<image>" for each of `images` (RGB). seed: makes this request's samples
-    repeatable, whatever else is in the batch. system: the system prompt, if any.
+    repeatable, whatever else is in the batch. system: the system prompt, if any. max_tiles: tile
+    budget of this prompt (None: the SamplingConfig's).
     """
 
     question: str
     images: tuple[Image.Image, ...]
     seed: int
     system: str | None = None
+    max_tiles: int | None = None
+
+    def budget(self, default: int) -> int:
+        """The tile budget of this prompt, where the SamplingConfig's is `default`."""
+        return default if self.max_tiles is None else self.max_tiles
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,9 @@ def first_seed(sampler_seed: int, request_seed: int) -> int:
 
 
 def check_request(request: SampleRequest) -> None:
-    """Raise `DataError` unless the question has one placeholder for each image."""
+    """Raise `DataError` unless the question has one placeholder for each image, and a budget."""
+    if request.max_tiles is not None and request.max_tiles < 1:
+        raise DataError(f"max_tiles is {request.max_tiles} in a request, give 1 or more")
     placeholders = request.question.count(IMAGE_PLACEHOLDER)
     if placeholders != len(request.images):
         raise DataError(

@@ -185,7 +185,7 @@ class VLLMSampler:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        rendered = self._render(request, config.max_tiles)
+        rendered = self._render(request, request.budget(config.max_tiles))
         params = SamplingParams(
             n=config.n,
             temperature=config.temperature,
