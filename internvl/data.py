@@ -25,17 +25,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from internvl.errors import DataError
-
-if TYPE_CHECKING:
-    from PIL import Image
+from internvl.images import MAX_IMAGE_PIXELS as MAX_IMAGE_PIXELS
+from internvl.images import image_size as image_size
+from internvl.images import load_image as load_image
 
 Kind = Literal["question", "rollout", "verdict", "pair", "conversation"]
 RecordFault = Callable[[dict[str, Any]], str | None]
 IMAGE_PLACEHOLDER = "<image>"
-MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own limit: above it an image is taken for a bomb
 
 
 @dataclass(frozen=True)
@@ -277,37 +276,6 @@ def read_rows(
     if not rows:
         raise DataError(f"{path}: no usable {kind} row ({read} read)")
     return rows
-
-
-def load_image(path: Path) -> Image.Image:
-    """Decode one image file to RGB; raises `DataError` with the path and the reason."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise DataError(
-                    f"{path}: {image.width}x{image.height} pixels, over the limit of "
-                    f"{MAX_IMAGE_PIXELS} (decompression bomb)"
-                )
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such image") from None
-    except UnidentifiedImageError:
-        raise DataError(f"{path}: not an image that Pillow can read") from None
-    except DataError:
-        raise
-    # what Pillow's decoders raise on bytes that were changed is not documented: these were seen
-    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: corrupt image: {error}") from None
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image that has no fault; only the start of its file is read."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return image.size
 
 
 def image_fault(row: Row) -> str | None:
