@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
 
 from internvl.errors import UserError, cli_guard
+from internvl.terminal import OneLineParser
 
 _ABOUT = "The whole cascade, SFT -> MPO -> GSPO, resumable and evaluated between stages."
 _EXAMPLE = """\
@@ -21,14 +20,6 @@ example:
   cascade report runs/demo              make runs/demo/report.html again
 
 A run that was killed goes on when the same command is started again."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line for a wrong option, as for every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see `{self.prog} --help`)", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -153,13 +144,13 @@ _COMMANDS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `args.act(args)` does the work."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="cascade",
         description=_ABOUT,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=OneLineParser)
     for name, help_text, add, act in _COMMANDS:
         command = commands.add_parser(name, help=help_text, description=help_text)
         add(command)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from internvl.attention import SHARED_PREFIX
 from internvl.errors import UserError
+from internvl.folders import require_hf_layout
 from internvl.model import InternVLForConditionalGeneration, adopt
 
 if TYPE_CHECKING:
@@ -34,8 +35,7 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> InternVLForCondit
     unexpected or of another shape.
     """
     path = Path(path)
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path}: no config.json there; expected an InternVL checkpoint folder")
+    require_hf_layout(path)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {sorted(DTYPES)}")
     try:

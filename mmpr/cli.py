@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from internvl.errors import cli_guard
+from internvl.terminal import OneLineParser
 from mmpr import commands
 from rewards import STYLES
 
@@ -30,14 +29,6 @@ folder or to --image-root, "answer" may be a list of right answers:
 Rows that cannot be used are put aside with file, line and reason (--quarantine; by default beside
 the output), and more of them than --max-bad stop the command.
 `mmpr COMMAND --help` tells the rest. An error is one line, with exit code 2."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line for a wrong option, as for every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see `{self.prog} --help`)", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def _add_common(parser: argparse.ArgumentParser, *, output: str | None) -> None:
@@ -144,14 +135,14 @@ _COMMANDS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `args.run(args)` does the work."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="mmpr",
         description=_ABOUT,
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=OneLineParser)
     for name, about, add_arguments, run in _COMMANDS:
         sub = subparsers.add_parser(
             name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False

@@ -76,7 +76,7 @@ def test_help_of_a_stage(
     assert "--learning-rate" not in text  # one spelling is enough
 
 
-@pytest.mark.parametrize("tool", ["mmpr", "cascade"])
+@pytest.mark.parametrize("tool", ["mmpr", "cascade", "internvl"])
 def test_help_of_a_tool(tool: str, capsys: pytest.CaptureFixture[str]) -> None:
     """An example at the top, and a word on every option of every command."""
     module = importlib.import_module(f"{tool}.cli")
@@ -102,7 +102,7 @@ def test_help_of_a_tool(tool: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out.startswith(f"usage: {tool} {name} ")
 
 
-@pytest.mark.parametrize("tool", ["mmpr", "cascade"])
+@pytest.mark.parametrize("tool", ["mmpr", "cascade", "internvl"])
 def test_a_tool_as_a_process(tool: str) -> None:
     ended = run("-m", tool, "nonsense")
     assert (ended.returncode, ended.stdout) == (2, "")

@@ -1,0 +1,3 @@
+from internvl.cli import main
+
+main()

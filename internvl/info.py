@@ -1,0 +1,315 @@
+"""What a checkpoint is, what an image costs it, and what memory its training will take.
+
+Only config.json and the headers of the safetensors files are read: a 241B is told in a second.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from internvl.errors import UserError
+from internvl.folders import HF_TYPE, read_config_json
+from internvl.terminal import print_table
+
+if TYPE_CHECKING:
+    from transformers import InternVLConfig
+
+PARTS = ("vision tower", "projector", "language model")
+GIB = 2**30
+
+
+def weight_headers(folder: Path) -> Iterator[tuple[str, list[int], str]]:
+    """Yield (name, shape, dtype) of every tensor of a folder, from the headers of its files.
+
+    Raises `UserError` where there is no safetensors file, or a header cannot be read.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no *.safetensors there, so its weights cannot be counted")
+    for file in files:
+        with file.open("rb") as raw:
+            try:
+                (length,) = struct.unpack("<Q", raw.read(8))
+                header = json.loads(raw.read(length))
+            except (struct.error, ValueError, OverflowError, MemoryError) as error:
+                raise UserError(f"{file}: not a safetensors file: {error}") from None
+        for name, entry in header.items():
+            if name != "__metadata__":
+                yield name, entry["shape"], entry["dtype"]
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a weight belongs to, by its name in either layout."""
+    first = name.removeprefix("model.").split(".")[0]
+    if first in ("vision_model", "vision_tower"):
+        return PARTS[0]
+    return PARTS[1] if first in ("mlp1", "multi_modal_projector") else PARTS[2]
+
+
+def count_parameters(folder: Path) -> tuple[dict[str, int], set[str]]:
+    """({part: parameters}, {dtypes on disk}) of a checkpoint folder in either layout."""
+    parts, dtypes = dict.fromkeys(PARTS, 0), set[str]()
+    for name, shape, dtype in weight_headers(folder):
+        parts[part_of(name)] += math.prod(shape)
+        dtypes.add(dtype)
+    return parts, dtypes
+
+
+@dataclass(frozen=True)
+class Training:
+    """One way to train, as far as memory goes.
+
+    lora_r: rank (None: all weights). vision: the vision tower and the projector are trained, too.
+    engine: a vLLM engine holds the weights once more, in bfloat16.
+    """
+
+    name: str
+    lora_r: int | None = None
+    vision: bool = True
+    engine: bool = False
+
+
+TRAININGS = (
+    Training("SFT or MPO, all weights"),
+    Training("SFT or MPO, LoRA r=16", lora_r=16, vision=False),
+    Training("GSPO, vision frozen", vision=False, engine=True),
+    Training("GSPO, LoRA r=16", lora_r=16, vision=False, engine=True),
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a training run on one device, without sharding."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    engine: int
+
+    @property
+    def total(self) -> int:
+        """All of it, in bytes."""
+        return sum(vars(self).values())
+
+
+def estimate_memory(
+    config: InternVLConfig,
+    parameters: dict[str, int],
+    training: Training,
+    *,
+    tokens: int,
+    tiles: int,
+    checkpointing: bool = True,
+) -> Memory:
+    """Estimate what training takes on one device, in bytes, under bfloat16 autocast and AdamW.
+
+    parameters: by part (`count_parameters`). tokens, tiles: of one micro-batch. All weights:
+    float32 weights, gradients and two moments (16 bytes each), and a bfloat16 copy while it runs;
+    LoRA: a bfloat16 base and float32 adapters. MPO keeps no second model: its reference's
+    log-probabilities are computed once. Not counted: the allocator's slack, the engine's KV cache.
+    """
+    everything = sum(parameters.values())
+    trained = everything if training.vision else parameters[PARTS[2]]
+    if training.lora_r is not None:
+        adapters = count_lora(config, training.lora_r)
+        weights, trained = 2 * everything + 4 * adapters, adapters
+    else:
+        weights = 4 * everything + 2 * everything
+    return Memory(
+        weights=weights,
+        gradients=4 * trained,
+        optimizer=8 * trained,
+        activations=activation_bytes(
+            config, tokens=tokens, tiles=tiles, checkpointing=checkpointing, vision=training.vision
+        ),
+        logits=_logit_bytes(config),
+        engine=2 * everything if training.engine else 0,
+    )
+
+
+def count_lora(config: InternVLConfig, rank: int) -> int:
+    """Adapter parameters of LoRA on every linear layer of the language model.
+
+    The experts of a mixture are one tensor of three dimensions, not linear layers: they get none.
+    """
+    width, queries, keys, inner = _text_widths(config)
+    layer = (width + queries) * 2 + (width + keys) * 2
+    if "num_experts" not in config.text_config.to_dict():
+        layer += 3 * (width + inner)
+    return rank * layer * config.text_config.num_hidden_layers
+
+
+def _text_widths(config: InternVLConfig) -> tuple[int, int, int, int]:
+    """(hidden size, query width, key width, width of the MLP that a token passes)."""
+    text = config.text_config.to_dict()
+    width, heads = text["hidden_size"], text["num_attention_heads"]
+    head = text.get("head_dim") or width // heads
+    inner = text["intermediate_size"]
+    if "num_experts" in text:
+        inner = text["num_experts_per_tok"] * text["moe_intermediate_size"]
+    return width, heads * head, text["num_key_value_heads"] * head, inner
+
+
+# Bytes that autograd keeps for one token in one layer, for each unit of a width: counted with
+# saved_tensors_hooks over tiny models whose widths were varied one at a time (tests/test_info.py
+# counts again). (float32, bfloat16 autocast)
+_KEPT_HIDDEN, _KEPT_QUERY, _KEPT_KEY, _KEPT_MLP = (25, 28), (26, 15), (8, 2), (16, 8)
+_KEPT_QK_NORM = (8, 4)
+_KEPT_VISION, _KEPT_VISION_MLP = (42, 28), (8, 4)
+
+
+def activation_bytes(
+    config: InternVLConfig,
+    *,
+    tokens: int,
+    tiles: int,
+    checkpointing: bool,
+    vision: bool = True,
+    bf16: bool = True,
+) -> int:
+    """Bytes that one micro-batch's forward keeps for its backward.
+
+    checkpointing: only each layer's input is kept (float32), and one layer is whole at a time.
+    vision: False where the vision tower is frozen and keeps nothing.
+    """
+    kind = int(bf16)
+    width, queries, keys, inner = _text_widths(config)
+    layer = _KEPT_HIDDEN[kind] * width + _KEPT_QUERY[kind] * queries + _KEPT_KEY[kind] * keys
+    layer += _KEPT_MLP[kind] * inner
+    if config.text_config.model_type.startswith("qwen3"):
+        layer += _KEPT_QK_NORM[kind] * (queries + keys)
+    layers = config.text_config.num_hidden_layers
+    total = tokens * (4 * width * layers + layer if checkpointing else layer * layers)
+    if not vision or not tiles:
+        return total
+    eyes = config.vision_config
+    patches = tiles * (math.prod(eyes.image_size) // math.prod(eyes.patch_size) + 1)
+    layer = _KEPT_VISION[kind] * eyes.hidden_size + _KEPT_VISION_MLP[kind] * eyes.intermediate_size
+    layers = eyes.num_hidden_layers
+    kept = 4 * eyes.hidden_size * layers + layer if checkpointing else layer * layers
+    return total + patches * kept
+
+
+def _logit_bytes(config: InternVLConfig) -> int:
+    """One chunk of logits, four times: as computed, in float32, and twice in its backward."""
+    from internvl.logprobs import MAX_LOGITS
+
+    return 4 * 4 * max(MAX_LOGITS, config.text_config.vocab_size)
+
+
+def print_info(folder: Path, *, images: Sequence[Path], max_tiles: int, tokens: int) -> None:
+    """Print what a checkpoint is, what images cost it, and what training it takes.
+
+    images: files whose cost to tell beside the usual sizes. max_tiles: tile budget of a prompt.
+    tokens: of a micro-batch.
+    """
+    config, layout = read_config(folder)
+    parameters, dtypes = count_parameters(folder)
+    _print_sizes(folder, config, layout, parameters, dtypes)
+    _print_images(config, images, max_tiles)
+    _print_memory(config, parameters, tokens)
+
+
+def read_config(folder: Path) -> tuple[InternVLConfig, str]:
+    """(the HF-native configuration, "hf" or "chat") of a checkpoint in either layout.
+
+    Raises `UserError` for a folder that holds no InternVL.
+    """
+    from transformers import InternVLConfig
+
+    from internvl.convert import hf_config
+
+    raw = read_config_json(folder)
+    if raw["model_type"] == HF_TYPE:
+        return InternVLConfig.from_dict(raw), "hf"
+    return InternVLConfig.from_dict(hf_config(folder, raw)), "chat"
+
+
+_LAYOUTS = {
+    "hf": "HF-native (InternVLForConditionalGeneration)",
+    "chat": "published custom code (InternVLChatModel): `internvl convert` makes it HF-native",
+}
+
+
+def _print_sizes(
+    folder: Path,
+    config: InternVLConfig,
+    layout: str,
+    parameters: dict[str, int],
+    dtypes: set[str],
+) -> None:
+    text, vision = config.text_config, config.vision_config
+    shape = f"{text.num_hidden_layers} layers of {text.hidden_size}"
+    rows = [
+        ("layout", _LAYOUTS[layout]),
+        ("parameters", f"{_count(sum(parameters.values()))} ({', '.join(sorted(dtypes))} on disk)"),
+        *((f"  {part}", _count(number)) for part, number in parameters.items()),
+        ("language model", f"{text.model_type}, {shape}, vocabulary {text.vocab_size:,}"),
+        ("vision tower", f"{vision.num_hidden_layers} layers of {vision.hidden_size}"),
+        ("context", f"{text.max_position_embeddings:,} tokens"),
+        ("a tile", f"{vision.image_size[0]} px, {config.image_seq_length} tokens"),
+    ]
+    print_table(str(folder), rows)
+
+
+def _print_images(config: InternVLConfig, images: Sequence[Path], max_tiles: int) -> None:
+    from internvl.images import image_size
+    from internvl.tiling import choose_grid, count_tiles
+
+    side = config.vision_config.image_size[0]
+    usual = [(side, side), (2 * side, side), (1280, 720), (800, 1300), (1920, 1080), (4000, 3000)]
+    sizes = [(f"{width} x {height}", width, height) for width, height in usual]
+    sizes += [(str(path), *image_size(path)) for path in images]
+    rows = []
+    for name, width, height in sizes:
+        settings = {"max_tiles": max_tiles, "tile_size": side}
+        columns, lines = choose_grid(width, height, **settings)
+        tiles = count_tiles(width, height, **settings)
+        cut = f"{columns} x {lines}" + (" + thumbnail" if tiles > 1 else "")
+        # <img> and </img> stand around the context tokens
+        rows.append((name, cut, f"{tiles * config.image_seq_length + 2:,}"))
+    title = f"What an image costs, at most {max_tiles} tiles (they are shared by several images)"
+    print_table(title, rows, ("image", "tiles", "tokens"), right=(2,))
+
+
+def _print_memory(config: InternVLConfig, parameters: dict[str, int], tokens: int) -> None:
+    # half of the tokens visual is usual for one image a question
+    tiles = max(1, tokens // (2 * config.image_seq_length))
+    rows = []
+    for training in TRAININGS:
+        for checkpointing in (True, False):
+            need = estimate_memory(
+                config,
+                parameters,
+                training,
+                tokens=tokens,
+                tiles=tiles,
+                checkpointing=checkpointing,
+            )
+            state = need.weights + need.gradients + need.optimizer
+            name = training.name + ("" if checkpointing else ", no checkpointing")
+            work = need.activations + need.logits
+            numbers = (state, work, need.engine, need.total)
+            rows.append((name, *(f"{number / GIB:,.1f}" for number in numbers)))
+    title = (
+        f"Memory in GiB on one device, unsharded: AdamW, bfloat16 autocast, micro-batches of "
+        f"{tokens:,} tokens with {tiles} tiles (an estimate; gradient checkpointing unless it says "
+        "no; the engine's KV cache comes on top)"
+    )
+    columns = ("training", "weights + state", "activations", "engine", "in all")
+    print_table(title, rows, columns, right=(1, 2, 3, 4))
+
+
+def _count(number: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)

@@ -1,0 +1,169 @@
+"""`internvl info`: sizes from headers, and memory against what autograd really keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from internvl.checkpoint import load_model
+from internvl.errors import UserError
+from internvl.info import (
+    TRAININGS,
+    activation_bytes,
+    count_lora,
+    count_parameters,
+    estimate_memory,
+)
+from internvl.model import InternVLForConditionalGeneration, adopt
+from internvl.packing import Example, pack
+
+SIDE = 112
+TOKENS_A_TILE = (SIDE // 28) ** 2
+
+
+def build(family: str, **widths: int) -> InternVLForConditionalGeneration:
+    """A random model; widths override D, L, H, KV, I, VD, VL."""
+    from transformers import InternVLConfig
+
+    w = {"D": 128, "L": 2, "H": 4, "KV": 2, "I": 384, "VD": 64, "VL": 2} | widths
+    text = {
+        "model_type": family,
+        "vocab_size": 400,
+        "hidden_size": w["D"],
+        "num_hidden_layers": w["L"],
+        "num_attention_heads": w["H"],
+        "num_key_value_heads": w["KV"],
+        "head_dim": 32,
+        "intermediate_size": w["I"],
+    }
+    vision = {
+        "hidden_size": w["VD"],
+        "num_hidden_layers": w["VL"],
+        "num_attention_heads": 4,
+        "intermediate_size": 4 * w["VD"],
+        "attention_bias": True,
+        "image_size": SIDE,
+        "patch_size": 14,
+    }
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=5,
+        image_seq_length=TOKENS_A_TILE,
+        tie_word_embeddings=False,
+    )
+    return adopt(InternVLForConditionalGeneration(config)).train()
+
+
+def kept_bytes(
+    model: InternVLForConditionalGeneration, *, tiles: int, bf16: bool, checkpointing: bool
+) -> tuple[int, int]:
+    """(bytes that autograd keeps of one packed forward, tokens of its row), parameters left out."""
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    visual = TOKENS_A_TILE * tiles
+    empty = torch.zeros((tiles, 3, SIDE, SIDE), dtype=torch.uint8)
+    example = Example([5] * visual + [7] * 500, empty, [[8] * 50, [9] * 50], list(range(visual)))
+    batch = pack([example])
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        scores = model(packed=batch, pixel_values=empty.float())
+    size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert len(scores.logprobs) == 100
+    return size, len(batch.input_ids)
+
+
+SHAPES: list[tuple[str, dict[str, int]]] = [
+    ("qwen3", {"D": 256, "H": 8, "I": 768, "L": 6}),
+    ("qwen3", {"VD": 256, "VL": 6, "L": 4}),
+    ("qwen2", {"D": 256, "H": 8, "I": 1024, "L": 6}),
+    ("llama", {"D": 256, "H": 8, "KV": 8, "I": 768, "L": 6}),
+]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("family", "widths"), SHAPES)
+def test_activations_are_what_autograd_keeps(
+    family: str, widths: dict[str, int], bf16: bool
+) -> None:
+    """Within 10% (the head and the projector are not in the formula)."""
+    model = build(family, **widths)
+    kept, tokens = kept_bytes(model, tiles=6, bf16=bf16, checkpointing=False)
+    if bf16:  # autocast's copies of the weights are counted with the weights
+        kept -= 2 * model.num_parameters()
+    told = activation_bytes(model.config, tokens=tokens, tiles=6, checkpointing=False, bf16=bf16)
+    assert told / kept == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_checkpointing_keeps_the_input_of_each_layer(bf16: bool) -> None:
+    """Two more layers cost exactly their inputs, in the LLM and in the vision tower."""
+    sizes = {}
+    for layers, vision_layers in ((2, 2), (4, 2), (2, 4)):
+        model = build("qwen3", L=layers, VL=vision_layers)
+        kept, tokens = kept_bytes(model, tiles=6, bf16=bf16, checkpointing=True)
+        told = activation_bytes(model.config, tokens=tokens, tiles=6, checkpointing=True, bf16=bf16)
+        sizes[layers, vision_layers] = (kept, told)
+    for deeper in ((4, 2), (2, 4)):
+        kept, told = (sizes[deeper][i] - sizes[2, 2][i] for i in (0, 1))
+        assert kept == told
+
+
+def test_parameters_are_counted_from_the_headers(tiny_model: Path) -> None:
+    parts, dtypes = count_parameters(tiny_model)
+    model = load_model(tiny_model)
+    assert sum(parts.values()) == model.num_parameters()
+    vision = sum(p.numel() for p in model.model.vision_tower.parameters())
+    projector = sum(p.numel() for p in model.model.multi_modal_projector.parameters())
+    assert list(parts.values())[:2] == [vision, projector]
+    assert dtypes == {"F32"}
+
+
+def test_memory_of_an_8b() -> None:
+    """InternVL3-8B's widths: 16 bytes a weight and its bfloat16 copy; LoRA is a small part."""
+    from transformers import InternVLConfig
+
+    text: dict[str, Any] = {
+        "model_type": "qwen2",
+        "vocab_size": 151674,
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+    }
+    config = InternVLConfig(text_config=text)
+    parameters = {"vision tower": 304_000_000, "projector": 33_000_000, "language model": 7.6e9}
+    numbers = {name: int(count) for name, count in parameters.items()}
+    full, lora, frozen, _ = (
+        estimate_memory(config, numbers, training, tokens=16384, tiles=32) for training in TRAININGS
+    )
+    total = sum(numbers.values())
+    assert full.weights + full.gradients + full.optimizer == 18 * total
+    assert frozen.gradients == 4 * numbers["language model"]
+    assert frozen.engine == 2 * total and full.engine == 0
+    # by hand: 16 x 28 layers x (4 attention matrices, 3 of the MLP)
+    per_layer = 2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944)
+    assert count_lora(config, 16) == 16 * 28 * per_layer == 40_370_176
+    assert lora.total < full.total / 5
+
+
+def test_a_folder_without_weights_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no \*\.safetensors there"):
+        count_parameters(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"model\.safetensors: not a safetensors file"):
+        count_parameters(tmp_path)
