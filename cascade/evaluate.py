@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internvl.data import Row, load_image, write_json, write_jsonl
+from internvl.data import Row, write_json, write_jsonl
 from rewards import verify
 
 if TYPE_CHECKING:
@@ -77,10 +77,11 @@ def _requests(rows: Sequence[Row], first: int, seed: int) -> list[Any]:
 
     return [
         SampleRequest(
-            question=row.data["question"],
-            images=tuple(load_image(path) for path in row.image_paths()),
+            question=row.prompt_text(row.data["question"]),
+            images=tuple(row.load_images()),
             seed=seed + 1_000_003 * index,
             system=row.data.get("system"),
+            max_tiles=row.tile_budget(None),
         )
         for index, row in enumerate(rows, start=first)
     ]
@@ -116,7 +117,7 @@ def predict(
 def _record(row: Row, one: Sequence[Completion], many: Sequence[Completion]) -> dict[str, Any]:
     return {
         "id": row.data["id"],
-        "image": [str(path.resolve()) for path in row.image_paths()],
+        "image": [str(path.resolve()) for path in row.image_sources() if isinstance(path, Path)],
         "question": row.data["question"],
         "answer": row.data["answer"],
         **({"solution": row.data["solution"]} if "solution" in row.data else {}),

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from internvl.chat import (
     cut_tiles,
     encode_completion,
@@ -19,15 +17,7 @@ from internvl.chat import (
     render_prompt,
     tile_settings,
 )
-from internvl.data import (
-    Kind,
-    Quarantine,
-    RecordFault,
-    Row,
-    image_fault,
-    image_size,
-    load_image,
-)
+from internvl.data import Kind, Row, image_fault
 from internvl.errors import DataError
 from internvl.packing import Example
 
@@ -53,9 +43,9 @@ class Encoder:
         """A question (or pair) row's prompt with the given completions' ids."""
         prompt = encode_prompt(
             self.processor,
-            row.data["question"],
-            [load_image(path) for path in row.image_paths()],
-            self.max_tiles,
+            row.prompt_text(row.data["question"]),
+            row.load_images(),
+            row.tile_budget(self.max_tiles),
             row.data.get("system"),
         )
         return Example(prompt.ids, prompt.tiles, list(completions), self._slots(prompt.ids))
@@ -71,7 +61,7 @@ class Encoder:
         Only the assistant's turns (with their end-of-turn token) are scored.
         """
         tiles, counts = cut_tiles(
-            self.processor, [load_image(path) for path in row.image_paths()], self.max_tiles
+            self.processor, row.load_images(), row.tile_budget(self.max_tiles)
         )
         remaining = list(counts)
         context, completion, mask = [], [], []
@@ -103,8 +93,10 @@ class Encoder:
         eos = self.processor.tokenizer.convert_ids_to_tokens(eos_token_id(self.processor))
         turns, before = [], ""
         for turn in row.data["conversations"]:
-            messages.append({"role": _ROLES[turn["from"]], "content": turn["value"]})
-            if turn["from"] != "gpt":
+            is_reply = turn["from"] == "gpt"
+            content = turn["value"] if is_reply else row.prompt_text(turn["value"])
+            messages.append({"role": _ROLES[turn["from"]], "content": content})
+            if not is_reply:
                 continue
             text = render_messages(self.processor, messages[:-1], generate=True)
             if not text.startswith(before):
@@ -124,16 +116,18 @@ class Encoder:
                 for text, end in self._turns(row)
             )
         else:
-            prompt = render_prompt(self.processor, row.data["question"], row.data.get("system"))
+            prompt = render_prompt(
+                self.processor, row.prompt_text(row.data["question"]), row.data.get("system")
+            )
             longest = 0
             if kind == "pair":
                 ends = (row.data["chosen"], row.data["rejected"])
                 longest = max(len(encode_completion(self.processor, end)) for end in ends)
             text_tokens = len(encode_text(self.processor, prompt)) + longest
-        settings = tile_settings(len(row.images), self.max_tiles)
+        sizes = row.image_sizes()
+        settings = tile_settings(len(sizes), row.tile_budget(self.max_tiles))
         visual = 0
-        for path in row.image_paths():
-            width, height = image_size(path)
+        for width, height in sizes:
             tiles = self.processor.image_processor.get_number_of_image_patches(
                 height, width, settings
             )
@@ -157,32 +151,3 @@ class Encoder:
             over = f"over max_length {self.max_length} (never cut; see max_tiles)"
             return f"{length} tokens{beside}, {over}"
         return None
-
-
-def usable_rows(
-    rows: Sequence[Row],
-    encoder: Encoder,
-    kind: Kind,
-    quarantine: Quarantine,
-    *,
-    quiet: bool,
-    room: int = 0,
-    record_fault: RecordFault | None = None,
-) -> list[Row]:
-    """The rows that can be trained on; the others go to the quarantine with their reason.
-
-    Every image is decoded and every length counted, before the first step is run. room: see
-    `Encoder.fault`. record_fault: what the stage itself finds wrong with a record, or None.
-    Raises `DataError` when more are bad than the quarantine allows, or none is left.
-    """
-    good = []
-    for row in tqdm(rows, desc="checking rows", unit="row", disable=quiet, delay=1):
-        fault = record_fault(row.data) if record_fault else None
-        if fault := fault or encoder.fault(row, kind, room):
-            quarantine.add(row.file, row.line, fault, row.data)
-        else:
-            good.append(row)
-    quarantine.check(len(rows))
-    if not good:
-        raise DataError(f"{rows[0].file}: no usable row is left of {len(rows)}")
-    return good

@@ -196,8 +196,8 @@ def run_pair(args: argparse.Namespace) -> None:
 def _require_images(rows: Sequence[Row]) -> None:
     """Refuse to write a `root` under which the first image does not lie."""
     for row in rows:
-        for path in row.image_paths():
-            if not path.is_file():
+        for path in row.image_sources():
+            if isinstance(path, Path) and not path.is_file():
                 raise UserError(
                     f"{row.file}:{row.line}: image {path} does not exist, so meta.json would "
                     "point nowhere; give --image-root, the folder that image paths start from"
@@ -266,7 +266,7 @@ def run_select(args: argparse.Namespace) -> None:
 
 def _tell_image_root(rows: Sequence[Row], output: Path) -> None:
     """Say so when the images, whose paths stay as they were, do not lie beside the output."""
-    name = next((name for row in rows for name in row.images), None)
+    name = next((name for row in rows for name in row.images if isinstance(name, str)), None)
     if name is not None and not (output.parent / name).is_file():
         print(
             f"image paths are as in the questions ({name}) and do not start from "

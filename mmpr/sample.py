@@ -21,7 +21,6 @@ from internvl.data import (
     append_jsonl,
     dump_line,
     image_fault,
-    load_image,
     write_json,
 )
 from internvl.errors import DataError, UserError
@@ -178,12 +177,12 @@ def make_request(row: Row, seed: int) -> SampleRequest:
 
     if fault := image_fault(row):
         raise DataError(fault)
-    images = tuple(load_image(path) for path in row.image_paths())
     return SampleRequest(
-        question=row.data["question"],
-        images=images,
+        question=row.prompt_text(row.data["question"]),
+        images=tuple(row.load_images()),
         seed=question_seed(seed, row.data["id"]),
         system=row.data.get("system"),
+        max_tiles=row.tile_budget(None),
     )
 
 

@@ -36,8 +36,9 @@ def reference_key(weights: str, rows: Sequence[Row], settings: dict[str, object]
     for row in rows:
         fields = [row.data.get(name) for name in ("question", "system", "chosen", "rejected")]
         digest.update(json.dumps(fields, ensure_ascii=False).encode())
-        for path in row.image_paths():
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(json.dumps([row.tile_budget(None), row.num_frames]).encode())
+        for encoded in row.encoded_media():
+            digest.update(hashlib.sha256(encoded).digest())
     return digest.hexdigest()
 
 

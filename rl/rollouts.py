@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from internvl.data import Row, load_image
+from internvl.data import Row
 from internvl.sampler import Completion, Sampler, SampleRequest, SamplingConfig
 from rewards import Verdict, verify
 from rl.advantages import group_advantages, has_spread
@@ -144,10 +144,11 @@ class RolloutMaker:
 
     def _request(self, row: Row, batch: int, repeat: int) -> SampleRequest:
         return SampleRequest(
-            question=row.data["question"],
-            images=tuple(load_image(path) for path in row.image_paths()),
+            question=row.prompt_text(row.data["question"]),
+            images=tuple(row.load_images()),
             seed=request_seed(self.settings.seed, batch, row.data["id"], repeat),
             system=row.data.get("system"),
+            max_tiles=row.tile_budget(None),
         )
 
     def _group(self, index: int, completions: list[Completion], weight_version: int) -> Group:

@@ -280,7 +280,7 @@ def test_from_questions_to_pairs(questions, checkpoint, tmp_path, capsys):
         }
     }  # fmt: skip
     rows = read_rows(meta, kind="pair", quarantine=Quarantine(None, 0))
-    assert all(path.is_file() for row in rows for path in row.image_paths())
+    assert all(Path(str(path)).is_file() for row in rows for path in row.image_sources())
 
     assert command("select", verdicts, "--output", tmp_path / "rl.jsonl") == 0
     chosen = read_rows(tmp_path / "rl.jsonl", kind="question", quarantine=Quarantine(None, 0))

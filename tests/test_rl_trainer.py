@@ -26,7 +26,7 @@ from trainer_cases import (
     write_images,
 )
 
-from internvl.data import Row, load_image
+from internvl.data import Row
 from internvl.errors import UserError
 from internvl.sampler import SampleRequest
 from rl.rollouts import questions_of_batch
@@ -94,7 +94,7 @@ class PlainPolicy:
         return [self._logprobs(self.rows[question]) for question in asked]
 
     def _logprobs(self, row: Row) -> list[Tensor]:
-        pictures = tuple(load_image(path) for path in row.image_paths())
+        pictures = tuple(row.load_images())
         request = SampleRequest(row.data["question"], pictures, seed=0)
         plain = self.run.trainer.sampler.plain(request, MAX_TILES)
         return plain_logprobs(self.model, plain, TEMPERATURE, self.forbidden)

@@ -30,7 +30,7 @@ from trainer_cases import (
 )
 
 from internvl.checkpoint import checksum, full_weights, load_model
-from internvl.data import Row, load_image
+from internvl.data import Row
 from internvl.errors import UserError
 from training.batches import StepSampler
 
@@ -121,7 +121,7 @@ def test_gradients_are_synchronised_at_the_last_microbatch(
 
 
 def plain_pair(processor: Any, row: Row) -> Plain:
-    pictures = [load_image(path) for path in row.image_paths()]
+    pictures = row.load_images()
     message = {"role": "user", "content": row.data["question"]}
     ids, pixels = call_processor(processor, [message], pictures, MAX_TILES)
     end = processor.tokenizer.eos_token_id
@@ -132,7 +132,7 @@ def plain_pair(processor: Any, row: Row) -> Plain:
 
 def plain_conversation(processor: Any, row: Row) -> Plain:
     """Scored: all tokens of an answer and the end of its turn."""
-    pictures = [load_image(path) for path in row.image_paths()]
+    pictures = row.load_images()
     turns = row.data["conversations"]
     named = [
         {"role": ("user", "assistant")[i % 2], "content": t["value"]} for i, t in enumerate(turns)

@@ -11,8 +11,16 @@ from transformers import InternVLProcessor, set_seed
 
 from internvl.chat import load_processor
 from internvl.checkpoint import load_model
-from internvl.data import Kind, Quarantine, RecordFault, Row, read_rows, write_json
-from internvl.encoding import Encoder, usable_rows
+from internvl.data import (
+    Kind,
+    Quarantine,
+    RecordFault,
+    Row,
+    read_rows,
+    usable_rows,
+    write_json,
+)
+from internvl.encoding import Encoder
 from internvl.errors import UserError
 from internvl.model import InternVLForConditionalGeneration
 from training.arguments import PackedTrainingArguments

@@ -1,0 +1,205 @@
+"""What a record must hold to be a question, rollout, verdict, pair or conversation.
+
+`tidy_record` brings the spellings that published data sets use into one; `find_fault` says what is
+wrong with a tidy record. Neither looks at a file: images are checked where they are decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+Kind = Literal["question", "rollout", "verdict", "pair", "conversation"]
+RecordFault = Callable[[dict[str, Any]], str | None]
+IMAGE_PLACEHOLDER = "<image>"
+VIDEO_PLACEHOLDER = "<video>"
+DEFAULT_FRAMES = 8  # of a video: num_segments in the published chat examples
+
+
+def list_images(record: dict[str, Any]) -> list[str | bytes]:
+    """The images of a record: paths as they are written, or the encoded bytes of an image.
+
+    `image` is one of them or a list: a path, bytes, or {"bytes": ..., "path": ...} as Hugging Face
+    data sets hold it, where bytes come first. Absent, null, "" and [] mean no image.
+    Raises ValueError for anything else.
+    """
+    value = record.get("image")
+    if value is None or value == "" or value == []:
+        return []
+    items = value if isinstance(value, list) else [value]
+    images = [_one_image(item) for item in items]
+    found = [image for image in images if image is not None]
+    if len(found) < len(images):
+        wrong = next(item for item, image in zip(items, images, strict=True) if image is None)
+        what = f"a list with {_shape(wrong)}" if isinstance(value, list) else _shape(wrong)
+        raise ValueError(f"field 'image' is {what}, expected a path, image bytes or a list of them")
+    return found
+
+
+def _one_image(item: object) -> str | bytes | None:
+    if isinstance(item, dict) and item.keys() <= {"bytes", "path"}:
+        item = item.get("path") if item.get("bytes") is None else item["bytes"]
+    return item if isinstance(item, str | bytes) and item else None
+
+
+def _shape(item: object) -> str:
+    if isinstance(item, dict):
+        return f"an object with {', '.join(map(repr, item)) or 'nothing'}"
+    return f"empty {type(item).__name__}" if item in ("", b"") else type(item).__name__
+
+
+def video_name(record: dict[str, Any]) -> str | None:
+    """The path of a record's video as it is written, or None."""
+    return record.get("video") or None
+
+
+def tidy_record(record: dict[str, Any], kind: Kind) -> dict[str, Any]:
+    """The record as the rest of the code reads it; what is wrong is left for `find_fault`.
+
+    `images` (a column's usual name on the hub) becomes `image`; one image or video without a
+    placeholder gets it in front of the (first) question, as in InternVL's published code.
+    """
+    if isinstance(record.get("images"), list) and not record.get("image"):
+        record = {**record, "image": record["images"]}
+        del record["images"]
+    try:
+        images = len(list_images(record))
+    except ValueError:
+        return record
+    text = _prompt_text(record, kind)
+    if text is None:
+        return record
+    if video_name(record) and VIDEO_PLACEHOLDER not in text:
+        return _put_in_front(record, kind, f"{VIDEO_PLACEHOLDER}\n")
+    if images == 1 and IMAGE_PLACEHOLDER not in text:
+        return _put_in_front(record, kind, f"{IMAGE_PLACEHOLDER}\n")
+    return record
+
+
+def _prompt_text(record: dict[str, Any], kind: Kind) -> str | None:
+    """All text of the user's side, or None where there is not one whole."""
+    if kind != "conversation":
+        question = record.get("question")
+        return question if isinstance(question, str) else None
+    if _conversation_fault(record):
+        return None
+    return "".join(turn["value"] for turn in record["conversations"][::2])
+
+
+def _put_in_front(record: dict[str, Any], kind: Kind, text: str) -> dict[str, Any]:
+    if kind != "conversation":
+        return {**record, "question": text + record["question"]}
+    first, *others = record["conversations"]
+    return {**record, "conversations": [{**first, "value": text + first["value"]}, *others]}
+
+
+def find_fault(record: object, kind: Kind) -> str | None:
+    """What is wrong with a tidy record of this kind, in words, or None."""
+    if not isinstance(record, dict):
+        return f"the line is a JSON {type(record).__name__}, expected an object"
+    if fault := _media_fault(record):
+        return fault
+    if not isinstance(record.get("system", ""), str | None):
+        return f"field 'system' is {type(record['system']).__name__}, expected a string"
+    if fault := _FAULTS[kind](record):
+        return fault
+    text = _prompt_text(record, kind) or ""
+    videos = int(video_name(record) is not None)
+    for number, name, placeholder in (
+        (len(list_images(record)), "image", IMAGE_PLACEHOLDER),
+        (videos, "video", VIDEO_PLACEHOLDER),
+    ):
+        if number != text.count(placeholder):
+            return f"{number} {name}(s) but {text.count(placeholder)} {placeholder} placeholder(s)"
+    return None
+
+
+def _media_fault(record: dict[str, Any]) -> str | None:
+    try:
+        images = list_images(record)
+    except ValueError as error:
+        return str(error)
+    if "images" in record and record["images"] is not None:
+        return "field 'images' beside 'image', or not a list; give one of them"
+    if not isinstance(record.get("video"), str | None):
+        return f"field 'video' is {type(record['video']).__name__}, expected a path"
+    if images and video_name(record):
+        return "both 'image' and 'video' are given, which is not supported; make two rows of it"
+    for name in ("max_tiles", "num_frames"):
+        value = record.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            return f"field {name!r} is {value!r}, expected a whole number of at least 1"
+    return None
+
+
+def _text(record: dict[str, Any], field: str, *, empty: bool = False) -> str | None:
+    value = record.get(field)
+    if not isinstance(value, str):
+        return f"field {field!r} is {type(value).__name__}, expected a string"
+    if not empty and not value.strip():
+        return f"field {field!r} is empty"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return f"field {field!r} holds half of a surrogate pair, which is no character"
+    return None
+
+
+def _question_fault(record: dict[str, Any]) -> str | None:
+    answer = record.get("answer")
+    if isinstance(answer, list):
+        if not answer or not all(isinstance(item, str) for item in answer):
+            return "field 'answer' is not a list of strings"
+    elif not isinstance(answer, str):
+        return f"field 'answer' is {type(answer).__name__}, expected a string or a list of strings"
+    return _text(record, "id") or _text(record, "question")
+
+
+def _rollout_fault(record: dict[str, Any]) -> str | None:
+    if not isinstance(record.get("sample"), int):
+        return "field 'sample' is not an integer"
+    return _question_fault(record) or _text(record, "completion", empty=True)
+
+
+def _verdict_fault(record: dict[str, Any]) -> str | None:
+    return _rollout_fault(record) or _text(record, "outcome")
+
+
+def _pair_fault(record: dict[str, Any]) -> str | None:
+    fault = _text(record, "question") or _text(record, "chosen") or _text(record, "rejected")
+    if fault is None and record["chosen"] == record["rejected"]:
+        return "chosen and rejected are identical"
+    return fault
+
+
+def _conversation_fault(record: dict[str, Any]) -> str | None:
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or len(turns) < 2 or len(turns) % 2:
+        return "field 'conversations' is not a list of human and gpt turns, two at a time"
+    for index, turn in enumerate(turns):
+        speaker = ("human", "gpt")[index % 2]
+        if not isinstance(turn, dict) or turn.get("from") != speaker:
+            return f"turn {index} of 'conversations' is not from {speaker!r}"
+        if fault := _text(turn, "value"):
+            return f"turn {index} of 'conversations': {fault}"
+    return None
+
+
+_FAULTS: dict[str, Callable[[dict[str, Any]], str | None]] = {
+    "question": _question_fault,
+    "rollout": _rollout_fault,
+    "verdict": _verdict_fault,
+    "pair": _pair_fault,
+    "conversation": _conversation_fault,
+}
+
+
+def record_key(record: dict[str, Any], kind: Kind) -> tuple[object, ...] | None:
+    """What must be unique in a file: the id (rollouts: with the sample's number).
+
+    Nothing is looked up by a conversation's id, and published sets repeat theirs.
+    """
+    if record.get("id") is None or kind == "conversation":
+        return None
+    key = str(record["id"])  # of a pair it may be anything
+    return (key, record["sample"]) if kind in ("rollout", "verdict") else (key,)

@@ -1,0 +1,147 @@
+"""A record with its origin, and the pictures that belong to it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from internvl.errors import DataError
+from internvl.images import ImageSource, image_size, load_image
+from internvl.records import (
+    DEFAULT_FRAMES,
+    IMAGE_PLACEHOLDER,
+    VIDEO_PLACEHOLDER,
+    list_images,
+    video_name,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Default = TypeVar("Default")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record and where it came from.
+
+    data: the (tidy) record. file, line: its origin; line counts from 1 and is the row's number
+    where the file has no lines. image_root: the folder that relative paths of images and videos
+    start from, and that no path may leave. max_tiles: the tile budget of its data set, if any.
+    """
+
+    data: dict[str, Any]
+    file: Path
+    line: int
+    image_root: Path
+    max_tiles: int | None = None
+
+    @property
+    def images(self) -> list[str | bytes]:
+        """The images as the record has them: paths as written, or encoded bytes."""
+        return list_images(self.data)
+
+    @property
+    def num_frames(self) -> int:
+        """How many frames are taken of the row's video; 0 without one."""
+        if video_name(self.data) is None:
+            return 0
+        frames: int = self.data.get("num_frames") or DEFAULT_FRAMES
+        return frames
+
+    def image_sources(self) -> list[ImageSource]:
+        """The images on disk or in memory; `image_fault` says whether a path leaves the root."""
+        return [
+            self.image_root / image if isinstance(image, str) else image for image in self.images
+        ]
+
+    def video_source(self) -> Path | None:
+        """The video on disk: a file, or a folder of frames."""
+        name = video_name(self.data)
+        return None if name is None else self.image_root / name
+
+    def load_images(self) -> list[Image.Image]:
+        """The decoded images, or the frames of the video, in the order of their placeholders.
+
+        Raises `DataError` with the path and the reason.
+        """
+        video = self.video_source()
+        if video is None:
+            return [load_image(source) for source in self.image_sources()]
+        from internvl.video import load_frames
+
+        frames = load_frames(video, self.num_frames)
+        if len(frames) != self.num_frames:
+            raise DataError(f"{video}: {len(frames)} frames, expected {self.num_frames}")
+        return frames
+
+    def encoded_media(self) -> Iterator[bytes]:
+        """The encoded bytes of every image, or of the video's file or files: what they were."""
+        for source in self.image_sources():
+            yield source if isinstance(source, bytes) else source.read_bytes()
+        video = self.video_source()
+        if video is not None:
+            files = sorted(video.iterdir()) if video.is_dir() else [video]
+            yield from (file.read_bytes() for file in files if file.is_file())
+
+    def prompt_text(self, text: str) -> str:
+        r"""A user's text as the model sees it: a video's placeholder becomes one line a frame.
+
+        InternVL's published chat examples write "Frame1: <image>\nFrame2: <image>\n...\n".
+        Without a video the text stays as it is.
+        """
+        if not self.num_frames:
+            return text
+        frames = "".join(
+            f"Frame{number}: {IMAGE_PLACEHOLDER}\n" for number in range(1, self.num_frames + 1)
+        )
+        return re.sub(f"{re.escape(VIDEO_PLACEHOLDER)}\n?", frames, text)
+
+    def tile_budget(self, default: Default) -> int | Default:
+        """The tile budget of the whole prompt: the row's own, else its data set's, else `default`.
+
+        A video has one tile a frame.
+        """
+        if self.num_frames:
+            return 1
+        own: int | None = self.data.get("max_tiles")
+        own = self.max_tiles if own is None else own
+        return default if own is None else own
+
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of what `load_images` gives, in pixels; of images only headers are read.
+
+        Raises `DataError` where the header shows that an image cannot be used.
+        """
+        if self.num_frames:
+            return [frame.size for frame in self.load_images()]
+        return [image_size(source) for source in self.image_sources()]
+
+
+def path_fault(path: Path, root: Path) -> str | None:
+    """Why a file may not be read from this root, or None; links are followed."""
+    try:
+        real, real_root = os.path.realpath(path), os.path.realpath(root)
+        inside = os.path.commonpath([real, real_root]) == real_root
+    except ValueError as error:  # a zero byte, half a surrogate pair
+        return f"{str(path)!r}: not a path: {error}"
+    return None if inside else f"{path}: outside its root {root}"
+
+
+def image_fault(row: Row) -> str | None:
+    """Why the images or the video of a row cannot be used, or None; decodes all of it."""
+    paths = [source for source in row.image_sources() if isinstance(source, Path)]
+    if (video := row.video_source()) is not None:
+        paths.append(video)
+    for path in paths:
+        if fault := path_fault(path, row.image_root):
+            return fault
+    try:
+        row.load_images()
+    except DataError as error:
+        return str(error)
+    return None
