@@ -1,10 +1,16 @@
-"""From a question with images to token ids, tiles and image slots: one path for all stages.
+"""From messages with images to token ids, loss mask and image slots: one path for all stages.
 
-    question "<image>\\nHow many?"          render_prompt (what an engine is given: one placeholder
-      + images                              an image; vLLM expands it)
-         |
+    [{"role": "system" | "user" | "assistant" | "tool", "content": text or parts}, ...]
+         |  the checkpoint's chat template, one image token an image (what vLLM is given)
          v
-    Prompt(ids, tiles, image_slots)         encode_prompt (what the trainer packs: expanded)
+    text before a reply | reply | text before the next | ...     encode_messages
+         |  image tokens expanded; only the assistant's replies are scored
+         v
+    Encoded(ids, loss_mask, image_slots)            Prompt: the same for a question, with its tiles
+
+Text is data: where it spells a control token (`<|im_end|>`, `<img>`, ...) it is refused by name,
+since the template, vLLM and every other engine would take it for the token. `<ref>`, `<box>` and
+`<quad>` are what grounding answers are written with, and stay.
 
 The image processor is transformers' own, called with the same settings by trainer and engine, so
 that both see bit-equal pixels; here it stops at uint8 and `normalize_tiles` does the rest on the
@@ -13,8 +19,10 @@ device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +35,38 @@ if TYPE_CHECKING:
     from transformers import InternVLProcessor
 
 
+Message = Mapping[str, Any]
+# InternVL's own special tokens that text may hold: a grounding answer's references and boxes
+_CONTENT_TOKENS = {"<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"}
+
+
+@dataclass
+class Encoded:
+    """Messages as a model reads them.
+
+    ids: token ids, image placeholders expanded. loss_mask: True at the assistant's tokens, the
+    end-of-turn token of each reply included. image_slots: where image features go, in order.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    loss_mask: list[bool] = field(default_factory=list)
+    image_slots: list[int] = field(default_factory=list)
+
+
 @dataclass
 class Prompt:
     """An encoded prompt.
 
     ids: token ids, image placeholders expanded. tiles: uint8 [X, 3, H, W], all images in order.
+    image_slots: where the image features go. tile_counts: tiles of each image. text: what an engine
+    is given, with one image token an image.
     """
 
     ids: list[int]
     tiles: torch.Tensor
+    image_slots: list[int]
+    tile_counts: list[int]
+    text: str
 
 
 def load_processor(path: str) -> InternVLProcessor:
@@ -57,8 +88,12 @@ def load_processor(path: str) -> InternVLProcessor:
     return processor
 
 
-def forbidden_token_ids(processor: InternVLProcessor) -> list[int]:
-    """Ids that a policy must not sample: an image token in a completion has no image behind it."""
+def forbidden_token_ids(processor: InternVLProcessor, vocab_size: int) -> list[int]:
+    """Ids that a policy must not sample: an image token in a completion has no image behind it.
+
+    vocab_size: logits of the model. A token that a converter added to the tokenizer alone
+    (`<video>`) has an id beyond them, and so cannot be sampled anyway.
+    """
     tokenizer: Any = processor.tokenizer
     tokens = [
         processor.image_token,
@@ -67,7 +102,7 @@ def forbidden_token_ids(processor: InternVLProcessor) -> list[int]:
         tokenizer.end_image_token,
     ]
     ids = {tokenizer.convert_tokens_to_ids(token) for token in tokens}
-    return sorted(ids - {None, tokenizer.unk_token_id})
+    return sorted(i for i in ids - {None, tokenizer.unk_token_id} if i < vocab_size)
 
 
 def eos_token_id(processor: InternVLProcessor) -> int:
@@ -78,28 +113,88 @@ def eos_token_id(processor: InternVLProcessor) -> int:
     return int(eos)
 
 
-def render_messages(
-    processor: InternVLProcessor, messages: list[dict[str, str]], *, generate: bool
-) -> str:
-    """Messages [{"role", "content"}] through the checkpoint's chat template, as text.
+# ---------------------------------------------------------------- control tokens
 
-    Each "<image>" becomes one image token (unexpanded). Raises `DataError` when the text already
-    holds an image token: it would be taken for an image.
+
+@lru_cache(maxsize=8)
+def _control_tokens(tokenizer: Any) -> dict[str, int]:
+    """The special tokens of a tokenizer, without those that text may hold."""
+    return {
+        token.content: number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content not in _CONTENT_TOKENS
+    }
+
+
+@lru_cache(maxsize=8)
+def _control_pattern(tokenizer: Any) -> re.Pattern[str]:
+    longest_first = sorted(_control_tokens(tokenizer), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def refuse_control_tokens(processor: InternVLProcessor, text: str, name: str) -> None:
+    """Raise `DataError` where `text`, the field `name`, spells a control token.
+
+    It would be one: a user could end their own turn, a completion could open an image.
     """
-    turns = []
-    for message in messages:
-        text = message["content"]
-        if processor.image_token in text:
-            raise DataError(f"the text holds the image token {processor.image_token!r}: {text!r}")
-        turns.append({**message, "content": text.replace(IMAGE_PLACEHOLDER, processor.image_token)})
+    if found := _control_pattern(processor.tokenizer).search(text):
+        near = text[max(0, found.start() - 20) : found.end() + 20]
+        raise DataError(f"{name} holds the control token {found[0]!r}: {near!r}")
+
+
+def decode_completion(processor: InternVLProcessor, ids: Sequence[int]) -> str:
+    """A completion's text: control tokens left out, `<ref>` and `<box>` kept."""
+    tokenizer: Any = processor.tokenizer
+    control = set(_control_tokens(tokenizer).values())
+    return str(tokenizer.decode([i for i in ids if i not in control], skip_special_tokens=False))
+
+
+# ---------------------------------------------------------------- messages to text
+
+
+def _render_content(processor: InternVLProcessor, message: Message, name: str) -> Any:
+    """A message's content as the template takes it: checked, a user's "<image>" an image token."""
+    content, role = message["content"], message["role"]
+    if isinstance(content, str):
+        refuse_control_tokens(processor, content, name)
+        if role != "user":  # a tool's or the assistant's "<image>" is a word
+            return content
+        return content.replace(IMAGE_PLACEHOLDER, processor.image_token)
+    for part in content:
+        if part["type"] == "text":
+            refuse_control_tokens(processor, part["text"], name)
+        elif part["type"] != "image" or role == "assistant":
+            raise DataError(f"{name} holds a part of type {part['type']!r}, which cannot be there")
+    return content
+
+
+def render_messages(
+    processor: InternVLProcessor, messages: Sequence[Message], *, generate: bool
+) -> str:
+    """Messages through the checkpoint's chat template, as text with one image token an image.
+
+    content: a string, where each "<image>" of a user is an image, or a list of parts
+    {"type": "image"} and {"type": "text", "text": ...}, where text is text. generate: end with the
+    opening of the assistant's turn. Raises `DataError` for text that spells a control token.
+    """
+    turns = [
+        {**m, "content": _render_content(processor, m, f"message {number} ({m['role']})")}
+        for number, m in enumerate(messages)
+    ]
     return str(processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate))
 
 
 def render_prompt(processor: InternVLProcessor, question: str, system: str | None = None) -> str:
     """A question as the unexpanded prompt text that an engine is given."""
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": question})
-    return render_messages(processor, messages, generate=True)
+    refuse_control_tokens(processor, question, "question")
+    refuse_control_tokens(processor, system or "", "system")
+    return render_messages(processor, prompt_messages(question, system), generate=True)
+
+
+def prompt_messages(question: str, system: str | None = None) -> list[Message]:
+    """The messages of a question."""
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    return [*messages, {"role": "user", "content": question}]
 
 
 def cut_tiles(
@@ -155,14 +250,89 @@ def encode_text(processor: InternVLProcessor, text: str) -> list[int]:
     return list(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def encode_completion(processor: InternVLProcessor, text: str) -> list[int]:
-    """A completion's ids, ended by the end-of-turn token.
+def _encode_after(processor: InternVLProcessor, before: str, text: str) -> list[int]:
+    """Ids of `text` where it follows `before`, as in one piece with it.
 
-    Raises `DataError` when the text holds an image token: there is no image behind it.
+    A SentencePiece tokenizer puts a space before a text that stands alone. A token never spans the
+    two: what was given to the sampler ends there.
     """
-    if processor.image_token in text:
-        raise DataError(f"the completion holds the image token {processor.image_token!r}: {text!r}")
-    return [*encode_text(processor, text), eos_token_id(processor)]
+    head = encode_text(processor, before)
+    ids = encode_text(processor, before + text)
+    return ids[len(head) :] if ids[: len(head)] == head else encode_text(processor, text)
+
+
+def encode_reply(processor: InternVLProcessor, opening: str, text: str) -> list[int]:
+    """An assistant's reply after `opening` (rendered text), ended by the end-of-turn token."""
+    line = opening[opening.rstrip("\n").rfind("\n") + 1 :]
+    return [*_encode_after(processor, line, text), eos_token_id(processor)]
+
+
+def _turns(
+    processor: InternVLProcessor, messages: Sequence[Message], generate: bool
+) -> list[tuple[str, str | None]]:
+    """(unexpanded text before a reply, reply), and the text after the last one with None.
+
+    Raises `DataError` for a template that does not write replies as they are: what is trained on
+    would not be what is then read.
+    """
+    eos = str(processor.tokenizer.convert_ids_to_tokens(eos_token_id(processor)))
+    turns: list[tuple[str, str | None]] = []
+    before = ""
+    for number, message in enumerate([*messages, None]):
+        if message is not None and message["role"] != "assistant":
+            continue
+        opens = generate or message is not None
+        text = render_messages(processor, messages[:number], generate=opens)
+        if not text.startswith(before):
+            raise DataError(
+                "the chat template rewrites what the assistant said, so these messages cannot be "
+                f"trained in one piece: {before[-60:]!r}"
+            )
+        reply = None if message is None else _text_of(message)
+        turns.append((text[len(before) :], reply))
+        before = f"{text}{reply}{eos}"
+    return turns
+
+
+def _text_of(message: Message) -> str:
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def encode_messages(
+    processor: InternVLProcessor,
+    messages: Sequence[Message],
+    tile_counts: Sequence[int],
+    *,
+    generate: bool = False,
+) -> Encoded:
+    """Messages to ids, loss mask and image slots; see `render_messages` for what they hold.
+
+    tile_counts: tiles of each image, in the order of the placeholders. generate: end with the
+    opening of the assistant's turn. The ids are those of the processor's own
+    `apply_chat_template(..., tokenize=True)`, but that no token spans the start of a reply: there
+    the sampler's prompt ends. Raises `DataError` where images and placeholders differ in number.
+    """
+    encoded, remaining, before = Encoded(), list(tile_counts), ""
+    for text, reply in _turns(processor, messages, generate):
+        here = text.count(processor.image_token)
+        expanded = expand_images(processor, text, remaining[:here])
+        ids = _encode_after(processor, before, expanded)
+        start = len(encoded.ids)
+        encoded.image_slots += [
+            start + place for place, i in enumerate(ids) if i == processor.image_token_id
+        ]
+        answer = [] if reply is None else encode_reply(processor, text, reply)
+        encoded.ids += ids + answer
+        encoded.loss_mask += [False] * len(ids) + [True] * len(answer)
+        del remaining[:here]
+        before = str(processor.tokenizer.convert_ids_to_tokens(eos_token_id(processor)))
+    if remaining:
+        given = len(tile_counts)
+        raise DataError(f"{given} image(s) but {given - len(remaining)} placeholder(s)")
+    return encoded
 
 
 def encode_prompt(
@@ -174,8 +344,10 @@ def encode_prompt(
 ) -> Prompt:
     """A question with its images as the trainer sees it: expanded ids and uint8 tiles."""
     tiles, counts = cut_tiles(processor, images, max_tiles)
-    text = expand_images(processor, render_prompt(processor, question, system), counts)
-    return Prompt(encode_text(processor, text), tiles)
+    text = render_prompt(processor, question, system)
+    messages = prompt_messages(question, system)
+    encoded = encode_messages(processor, messages, counts, generate=True)
+    return Prompt(encoded.ids, tiles, encoded.image_slots, counts, text)
 
 
 def normalize_tiles(processor: InternVLProcessor, tiles: torch.Tensor) -> torch.Tensor:

@@ -2,58 +2,60 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from internvl.chat import (
+    Encoded,
+    Message,
+    Prompt,
     cut_tiles,
-    encode_completion,
+    encode_messages,
     encode_prompt,
-    encode_text,
-    eos_token_id,
-    expand_images,
-    render_messages,
+    encode_reply,
+    prompt_messages,
+    refuse_control_tokens,
     render_prompt,
     tile_settings,
 )
 from internvl.data import Kind, Row, image_fault
 from internvl.errors import DataError
 from internvl.packing import Example
+from internvl.positions import draw_steps
 
 if TYPE_CHECKING:
     from transformers import InternVLProcessor
 
 _ROLES = {"human": "user", "gpt": "assistant"}
+_TEXTS = ("system", "question", "chosen", "rejected", "conversations")
 
 
 @dataclass
 class Encoder:
     """Encodes rows of any kind with one processor.
 
-    max_tiles: tile budget of a prompt. max_length: tokens that a prompt and its longest completion
-    may have together.
+    max_tiles: tile budget of a prompt whose row names none. max_length: tokens that a prompt and
+    its longest completion may have together. position_steps: how far a visual token moves the
+    position on (`internvl.positions`); of several, each image's is drawn by the row's text and
+    `seed`.
     """
 
     processor: InternVLProcessor
     max_tiles: int = 12
     max_length: int = 2**31
+    position_steps: tuple[float, ...] = (1.0,)
+    seed: int = 0
 
     def completions(self, row: Row, completions: Sequence[list[int]]) -> Example:
         """A question (or pair) row's prompt with the given completions' ids."""
-        prompt = encode_prompt(
-            self.processor,
-            row.prompt_text(row.data["question"]),
-            row.load_images(),
-            row.tile_budget(self.max_tiles),
-            row.data.get("system"),
-        )
-        return Example(prompt.ids, prompt.tiles, list(completions), self._slots(prompt.ids))
+        return self._example(row, self._prompt(row), completions)
 
     def pair(self, row: Row) -> Example:
         """A preference pair: completion 0 is chosen, completion 1 rejected."""
-        texts = (row.data["chosen"], row.data["rejected"])
-        return self.completions(row, [encode_completion(self.processor, text) for text in texts])
+        prompt = self._prompt(row)
+        return self._example(row, prompt, self._replies(row, prompt.text))
 
     def conversation(self, row: Row) -> Example:
         """A conversation: the first user turn is the prompt, all after it one completion.
@@ -63,77 +65,81 @@ class Encoder:
         tiles, counts = cut_tiles(
             self.processor, row.load_images(), row.tile_budget(self.max_tiles)
         )
-        remaining = list(counts)
-        context, completion, mask = [], [], []
-        for turn, (text, answer) in enumerate(self._turns(row)):
-            here = [remaining.pop(0) for _ in range(text.count(self.processor.image_token))]
-            ids = encode_text(self.processor, expand_images(self.processor, text, here))
-            reply = encode_completion(self.processor, answer)
-            if turn == 0:
-                context = ids
-            else:
-                completion += ids
-                mask += [False] * len(ids)
-            completion += reply
-            mask += [True] * len(reply)
-        masked_ids = [
-            token if not keep else -1 for token, keep in zip(completion, mask, strict=True)
-        ]
-        slots = self._slots(context + masked_ids)
-        return Example(context, tiles, [completion], slots, loss_masks=[mask])
+        encoded = self._encode_conversation(row, counts)
+        first = encoded.loss_mask.index(True)
+        return Example(
+            encoded.ids[:first],
+            tiles,
+            [encoded.ids[first:]],
+            encoded.image_slots,
+            loss_masks=[encoded.loss_mask[first:]],
+            slot_steps=self._slot_steps(row, counts),
+        )
 
-    def _slots(self, ids: Sequence[int]) -> list[int]:
-        image_token_id = self.processor.image_token_id
-        return [position for position, token in enumerate(ids) if token == image_token_id]
+    def _prompt(self, row: Row) -> Prompt:
+        return encode_prompt(
+            self.processor,
+            row.prompt_text(row.data["question"]),
+            row.load_images(),
+            row.tile_budget(self.max_tiles),
+            row.data.get("system"),
+        )
 
-    def _turns(self, row: Row) -> list[tuple[str, str]]:
-        """(unexpanded text before the reply, reply) of each exchange."""
+    def _example(self, row: Row, prompt: Prompt, completions: Sequence[list[int]]) -> Example:
+        steps = self._slot_steps(row, prompt.tile_counts)
+        return Example(
+            prompt.ids, prompt.tiles, list(completions), prompt.image_slots, slot_steps=steps
+        )
+
+    def _replies(self, row: Row, prompt: str) -> list[list[int]]:
+        """Ids of a pair's completions after the prompt's text."""
+        for name in ("chosen", "rejected"):
+            refuse_control_tokens(self.processor, row.data[name], name)
+        texts = (row.data["chosen"], row.data["rejected"])
+        return [encode_reply(self.processor, prompt, text) for text in texts]
+
+    def _encode_conversation(self, row: Row, tile_counts: Sequence[int]) -> Encoded:
+        """A conversation up to its last reply; what the template writes after it is left out."""
         system = row.data.get("system")
-        messages = [{"role": "system", "content": system}] if system else []
-        eos = self.processor.tokenizer.convert_ids_to_tokens(eos_token_id(self.processor))
-        turns, before = [], ""
-        for turn in row.data["conversations"]:
-            is_reply = turn["from"] == "gpt"
-            content = turn["value"] if is_reply else row.prompt_text(turn["value"])
-            messages.append({"role": _ROLES[turn["from"]], "content": content})
-            if not is_reply:
-                continue
-            text = render_messages(self.processor, messages[:-1], generate=True)
-            if not text.startswith(before):
-                raise DataError(
-                    f"{row.file}:{row.line}: the chat template rewrites earlier turns, so a "
-                    "conversation of several turns cannot be trained in one piece"
-                )
-            turns.append((text[len(before) :], turn["value"]))
-            before = text + turn["value"] + str(eos)
-        return turns
+        refuse_control_tokens(self.processor, system or "", "system")
+        messages: list[Message] = prompt_messages("", system)[:-1]
+        for number, turn in enumerate(row.data["conversations"]):
+            role, text = _ROLES[turn["from"]], turn["value"]
+            text = row.prompt_text(text) if role == "user" else text
+            refuse_control_tokens(self.processor, text, f"turn {number} of 'conversations'")
+            messages.append({"role": role, "content": text})
+        encoded = encode_messages(self.processor, messages, tile_counts)
+        end = len(encoded.ids) - encoded.loss_mask[::-1].index(True)
+        return Encoded(encoded.ids[:end], encoded.loss_mask[:end], encoded.image_slots)
+
+    def _slot_steps(self, row: Row, tile_counts: Sequence[int]) -> list[float] | None:
+        """The position step of each image slot, or None where all are 1."""
+        if self.position_steps == (1.0,):
+            return None
+        key = json.dumps([row.data.get(name) for name in _TEXTS])
+        steps = draw_steps(self.position_steps, len(tile_counts), key=key, seed=self.seed)
+        tokens = [count * self.processor.image_seq_length for count in tile_counts]
+        return [step for step, n in zip(steps, tokens, strict=True) for _ in range(n)]
 
     def length(self, row: Row, kind: Kind) -> int:
         """Tokens of a row's prompt and longest completion; of its images only the size is read."""
-        if kind == "conversation":
-            text_tokens = sum(
-                len(encode_text(self.processor, text)) + len(encode_completion(self.processor, end))
-                for text, end in self._turns(row)
-            )
-        else:
-            prompt = render_prompt(
-                self.processor, row.prompt_text(row.data["question"]), row.data.get("system")
-            )
-            longest = 0
-            if kind == "pair":
-                ends = (row.data["chosen"], row.data["rejected"])
-                longest = max(len(encode_completion(self.processor, end)) for end in ends)
-            text_tokens = len(encode_text(self.processor, prompt)) + longest
         sizes = row.image_sizes()
+        without = [0] * len(sizes)  # images of no tile: what is left is the text
+        if kind == "conversation":
+            text_tokens = len(self._encode_conversation(row, without).ids)
+        else:
+            question, system = row.prompt_text(row.data["question"]), row.data.get("system")
+            prompt = render_prompt(self.processor, question, system)
+            messages = prompt_messages(question, system)
+            encoded = encode_messages(self.processor, messages, without, generate=True)
+            replies = self._replies(row, prompt) if kind == "pair" else [[]]
+            text_tokens = len(encoded.ids) + max(map(len, replies))
         settings = tile_settings(len(sizes), row.tile_budget(self.max_tiles))
-        visual = 0
-        for width, height in sizes:
-            tiles = self.processor.image_processor.get_number_of_image_patches(
-                height, width, settings
-            )
-            # the placeholder itself was counted as text; <img> and </img> are added
-            visual += tiles * self.processor.image_seq_length + 1
-        return text_tokens + visual
+        tiles = sum(
+            self.processor.image_processor.get_number_of_image_patches(height, width, settings)
+            for width, height in sizes
+        )
+        return text_tokens + int(tiles) * self.processor.image_seq_length
 
     def fault(self, row: Row, kind: Kind, room: int = 0) -> str | None:
         """Why a row cannot be trained on, or None: its images and its length are looked at.

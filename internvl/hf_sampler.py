@@ -18,6 +18,7 @@ from torch import Tensor
 
 from internvl.chat import (
     Prompt,
+    decode_completion,
     encode_prompt,
     eos_token_id,
     forbidden_token_ids,
@@ -26,6 +27,8 @@ from internvl.chat import (
 )
 from internvl.checkpoint import DTYPES, refuse_unmatched
 from internvl.errors import UserError
+from internvl.packing import position_tensor
+from internvl.positions import checkpoint_step, token_positions
 from internvl.sampler import (
     Completion,
     SampleRequest,
@@ -77,9 +80,11 @@ class TransformersSampler:
             dtype = "float32" if self._device.type == "cpu" else "bfloat16"
         self._processor = load_processor(str(model))
         self._eos = eos_token_id(self._processor)
-        self._forbidden = forbidden_token_ids(self._processor)
         self._model = _load(model, DTYPES[dtype]).to(self._device).eval()
-        context = self._model.config.text_config.max_position_embeddings
+        text_config = self._model.config.text_config
+        self._forbidden = forbidden_token_ids(self._processor, text_config.vocab_size)
+        self._position_step = checkpoint_step(self._model.config.to_dict())
+        context = text_config.max_position_embeddings
         self._max_model_len = context_length(max_model_len, context)
 
     def sample(
@@ -147,11 +152,18 @@ class TransformersSampler:
         generator.manual_seed(first_seed(self._seed, request.seed) + sample)
         return _Row(generator, min(config.max_tokens, self._max_model_len - length))
 
-    def _prefill(self, prompts: list[Prompt], n: int) -> tuple[Tensor, Tensor, DynamicCache]:
+    def _positions(self, prompt: Prompt) -> Sequence[float]:
+        steps = dict.fromkeys(prompt.image_slots, self._position_step)
+        return token_positions(len(prompt.ids), steps)
+
+    def _prefill(
+        self, prompts: list[Prompt], n: int
+    ) -> tuple[Tensor, Tensor, Tensor, DynamicCache]:
         """Run prompts and images once, then repeat each n times.
 
-        Returns the logits of the first token [R, V], the attention mask [R, T] and the cache,
-        for R = prompts x n rows, padded on the left to T tokens.
+        Returns the logits of the first token [R, V], the attention mask [R, T], the position of
+        the last token [R, 1] and the cache, for R = prompts x n rows, padded on the left to T
+        tokens.
         """
         from transformers import DynamicCache
 
@@ -160,12 +172,14 @@ class TransformersSampler:
         ids = [[self._eos] * pad + p.ids for pad, p in zip(padding, prompts, strict=True)]
         mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
         attention = torch.tensor(mask, device=self._device)
+        rows = [[0] * pad + [*self._positions(p)] for pad, p in zip(padding, prompts, strict=True)]
+        positions = position_tensor(rows).to(self._device)
         tiles = torch.cat([prompt.tiles for prompt in prompts]).to(self._device)
         cache = DynamicCache(config=self._model.config.text_config)
         output = self._model(
             input_ids=torch.tensor(ids, device=self._device),
             attention_mask=attention,
-            position_ids=(attention.cumsum(1) - 1).clamp(min=0),
+            position_ids=positions,
             pixel_values=normalize_tiles(self._processor, tiles) if len(tiles) else None,
             past_key_values=cache,
             use_cache=True,
@@ -173,7 +187,8 @@ class TransformersSampler:
         )
         cache.batch_repeat_interleave(n)
         logits = output.logits[:, -1].repeat_interleave(n, 0)
-        return logits, attention.repeat_interleave(n, 0), cache
+        last = positions[:, -1:].repeat_interleave(n, 0)
+        return logits, attention.repeat_interleave(n, 0), last, cache
 
     def _decode(
         self,
@@ -181,10 +196,11 @@ class TransformersSampler:
         config: SamplingConfig,
         logits: Tensor,
         attention: Tensor,
+        positions: Tensor,
         cache: DynamicCache,
     ) -> None:
         """Draw tokens until every row is done; rows that are done leave when half of them are."""
-        active = list(rows)  # active[i] is row i of logits, attention and cache; some may be done
+        active = list(rows)  # active[i] is row i of the tensors and the cache; some may be done
         while True:
             tokens = self._draw(active, logits, config)
             kept = [i for i, row in enumerate(active) if not row.done]
@@ -193,13 +209,14 @@ class TransformersSampler:
             if 2 * len(kept) <= len(active):
                 index = torch.tensor(kept, device=self._device)
                 active = [active[i] for i in kept]
-                tokens, attention = tokens[index], attention[index]
+                tokens, attention, positions = (t[index] for t in (tokens, attention, positions))
                 cache.batch_select_indices(index)
             attention = torch.cat([attention, attention.new_ones(len(active), 1)], dim=1)
+            positions = positions + 1
             output = self._model(
                 input_ids=tokens[:, None],
                 attention_mask=attention,
-                position_ids=attention.sum(1, keepdim=True) - 1,
+                position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -227,7 +244,7 @@ class TransformersSampler:
         return tokens
 
     def _completion(self, row: _Row) -> Completion:
-        text = self._processor.tokenizer.decode(row.token_ids, skip_special_tokens=True)
+        text = decode_completion(self._processor, row.token_ids)
         reason: Literal["stop", "length"] = "stop" if row.stopped else "length"
         return Completion(text, tuple(row.token_ids), tuple(row.logprobs), reason)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from internvl.attention import AttentionLayout, Segment, build_layout
+from internvl.positions import token_positions
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Example:
     completion (say its reference log-probability). token_values: a number for each completion
     token. image_slots: where the image features go, counted from the start of prompt + first
     completion. loss_masks: True where a completion's token is scored (None: everywhere).
+    slot_steps: how far each of image_slots moves the position on (None: 1, as any token).
     """
 
     prompt_ids: list[int]
@@ -37,6 +39,7 @@ class Example:
     completion_values: dict[str, list[float]] = field(default_factory=dict)
     token_values: dict[str, list[list[float]]] = field(default_factory=dict)
     loss_masks: list[list[bool]] | None = None
+    slot_steps: list[float] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -48,17 +51,30 @@ class Example:
         """Tiles that the vision tower sees."""
         return len(self.tiles)
 
+    def positions(self) -> list[float]:
+        """Positions of the prompt, then of each completion, which all go on where it ended."""
+        prompt = len(self.prompt_ids)
+        steps = dict(zip(self.image_slots, self.slot_steps or [], strict=bool(self.slot_steps)))
+        out = list(token_positions(prompt, steps))
+        last = out[-1] if out else -1
+        for branch, completion in enumerate(self.completions):
+            later = {slot - prompt: step for slot, step in steps.items() if slot >= prompt}
+            visual = later if branch == 0 else {}
+            out += token_positions(len(completion), visual, last)
+        return out
+
 
 @dataclass
 class PackedBatch:
     """One micro-batch: a packed row and everything a loss needs to know of it.
 
-    input_ids, position_ids: [T]. tiles: uint8 [X, 3, H, W]. image_positions: [I], where the image
-    features go. sources: [N], the position whose hidden state predicts a scored token; targets:
-    [N], that token; completion_of_token: [N]; example_of_completion: [C]; lengths: [C], scored
-    tokens. completion_values: {name: [C]}; token_values: {name: [N]}. example_index: [E], the
-    examples' places in the step's batch. real: False for the filler that a rank runs when it has
-    no micro-batch left; its completions are none, so every sum over it is 0.
+    input_ids, position_ids: [T], positions in float32 where one is fractional. tiles: uint8
+    [X, 3, H, W]. image_positions: [I], where the image features go. sources: [N], the place whose
+    hidden state predicts a scored token; targets: [N], that token; completion_of_token: [N];
+    example_of_completion: [C]; lengths: [C], scored tokens. completion_values: {name: [C]};
+    token_values: {name: [N]}. example_index: [E], the examples' places in the step's batch. real:
+    False for the filler that a rank runs when it has no micro-batch left; its completions are
+    none, so every sum over it is 0.
     """
 
     input_ids: Tensor
@@ -129,7 +145,7 @@ class _Row:
 
     def __init__(self) -> None:
         self.ids: list[int] = []
-        self.positions: list[int] = []
+        self.positions: list[float] = []
         self.image_positions: list[int] = []
         self.segments: list[Segment] = []
         self.sources: list[int] = []
@@ -142,12 +158,11 @@ class _Row:
         """Lay one example down: the prompt, then each completion as a branch."""
         start, prompt = len(self.ids), len(example.prompt_ids)
         self.ids += example.prompt_ids
-        self.positions += range(prompt)
+        self.positions += example.positions()
         self.image_positions += [start + slot for slot in example.image_slots]
         for branch, completion in enumerate(example.completions):
             here = len(self.ids)
             self.ids += completion
-            self.positions += range(prompt, prompt + len(completion))
             if branch == 0:  # it follows its prompt: both are one causal stretch
                 self.segments.append(Segment(0, 0, start, len(self.ids)))
             else:
@@ -164,6 +179,13 @@ class _Row:
         self.targets += [completion[o] for o in scored]
         self.completion_of_token += [len(self.lengths)] * len(scored)
         self.lengths.append(len(scored))
+
+
+def position_tensor(positions: Sequence[Any]) -> Tensor:
+    """Positions (or rows of them) as int64, or as float32 where one is fractional."""
+    tensor = torch.tensor(positions, dtype=torch.float64)
+    whole = bool((tensor == tensor.trunc()).all())
+    return tensor.to(torch.long if whole else torch.float32)
 
 
 def pack(examples: Sequence[Example], indices: Sequence[int] | None = None) -> PackedBatch:
@@ -183,7 +205,7 @@ def pack(examples: Sequence[Example], indices: Sequence[int] | None = None) -> P
                 items += per_token
     return PackedBatch(
         input_ids=torch.tensor(row.ids),
-        position_ids=torch.tensor(row.positions),
+        position_ids=position_tensor(row.positions),
         tiles=torch.cat([example.tiles for example in chosen]),
         image_positions=torch.tensor(row.image_positions, dtype=torch.long),
         layout=build_layout(row.segments, len(row.ids)),

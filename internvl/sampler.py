@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from internvl.data import IMAGE_PLACEHOLDER
 from internvl.errors import DataError, UserError
+from internvl.positions import checkpoint_step
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -149,26 +151,19 @@ def open_sampler(
 ) -> Sampler:
     """Open a checkpoint folder (HF-native layout) for sampling.
 
-    backend: "auto" is vLLM where it can be imported, else transformers, and a line says so.
+    backend: "auto" is vLLM where it can be imported and can serve the checkpoint, else
+    transformers, and a line says so.
     seed: mixed into the seed of every request. max_model_len: tokens of prompt and completion
     together (None: what the model allows). max_num_seqs: completions decoded at a time.
     dtype: "auto" is float32 on a CPU and bfloat16 on a GPU. gpu_memory_utilization: share of the
     GPU that vLLM may fill, weights included (None: vLLM's own default).
     """
-    if backend not in ("auto", "vllm", "transformers"):
-        raise UserError(f"backend {backend!r} is not one of auto, vllm, transformers")
     if dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is not one of auto, float32, bfloat16")
     if max_num_seqs < 1:
         raise UserError(f"max_num_seqs is {max_num_seqs}, give 1 or more")
-    if backend == "auto":
-        backend = "vllm" if importlib.util.find_spec("vllm") else "transformers"
-        if backend == "transformers":
-            print("vLLM is not installed: sampling with transformers, slower", file=sys.stderr)
     folder = Path(model)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json there; expected an InternVL checkpoint folder")
-    if backend == "vllm":
+    if choose_backend(folder, backend) == "vllm":
         from internvl.vllm_sampler import VLLMSampler
 
         return VLLMSampler(
@@ -186,6 +181,36 @@ def open_sampler(
     return TransformersSampler(
         folder, seed=seed, max_model_len=max_model_len, max_num_seqs=max_num_seqs, dtype=dtype
     )
+
+
+def choose_backend(folder: Path, backend: Backend) -> Literal["vllm", "transformers"]:
+    """The sampler that `backend` means for a checkpoint folder; nothing is loaded.
+
+    Raises `UserError` where vLLM was asked for and cannot serve the checkpoint: it knows no
+    fractional positions (V2PE), and would sample from another model without a word.
+    """
+    if backend not in ("auto", "vllm", "transformers"):
+        raise UserError(f"backend {backend!r} is not one of auto, vllm, transformers")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder}: no config.json there; expected an InternVL checkpoint folder")
+    try:
+        step = checkpoint_step(json.loads(file.read_bytes()))
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
+    if backend == "vllm" and step != 1:
+        raise UserError(
+            f"{folder}: its position_step is {step:g} (V2PE), which vLLM does not have; use the "
+            "transformers sampler, or a checkpoint trained with position_steps 1"
+        )
+    if backend != "auto":
+        return backend
+    reason = f"position_step is {step:g}, which vLLM does not have" if step != 1 else ""
+    if not importlib.util.find_spec("vllm"):
+        reason = "vLLM is not installed"
+    if reason:
+        print(f"{reason}: sampling with transformers, slower", file=sys.stderr)
+    return "transformers" if reason else "vllm"
 
 
 # ---------------------------------------------------------------- what both samplers share

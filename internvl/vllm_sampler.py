@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl.chat import (
+    decode_completion,
     encode_text,
     eos_token_id,
     forbidden_token_ids,
@@ -79,8 +80,9 @@ class VLLMSampler:
         self._max_num_seqs = max_num_seqs
         self._processor = load_processor(str(model))
         self._eos = eos_token_id(self._processor)
-        self._forbidden = forbidden_token_ids(self._processor)
-        self._shapes, self._tied, context = _describe(model)
+        self._shapes, self._tied, text_config = _describe(model)
+        self._forbidden = forbidden_token_ids(self._processor, text_config.vocab_size)
+        context = text_config.max_position_embeddings
         self._max_model_len = context_length(max_model_len, context)
         self._next_id = 0
         options: dict[str, Any] = {
@@ -208,15 +210,17 @@ class VLLMSampler:
     def _completions(self, output: Any) -> list[Completion]:
         """The engine's answer to one request as our records."""
         token_ids = [tuple(sample.token_ids) for sample in output.outputs]
-        texts = self._processor.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [
-            Completion(text, ids, tuple(sample.logprobs.logprobs), sample.finish_reason)
-            for text, ids, sample in zip(texts, token_ids, output.outputs, strict=True)
+            Completion(
+                decode_completion(self._processor, ids),
+                *(ids, tuple(sample.logprobs.logprobs), sample.finish_reason),
+            )
+            for ids, sample in zip(token_ids, output.outputs, strict=True)
         ]
 
 
-def _describe(model: Path) -> tuple[dict[str, tuple[int, ...]], bool, int]:
-    """Names and shapes of transformers' parameters, whether lm_head is tied, and the context."""
+def _describe(model: Path) -> tuple[dict[str, tuple[int, ...]], bool, Any]:
+    """Names and shapes of transformers' parameters, whether lm_head is tied, the LLM's config."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -224,7 +228,7 @@ def _describe(model: Path) -> tuple[dict[str, tuple[int, ...]], bool, int]:
     with torch.device("meta"):
         skeleton = AutoModelForImageTextToText.from_config(config)
     shapes = {name: tuple(weight.shape) for name, weight in skeleton.named_parameters()}
-    return shapes, "lm_head.weight" not in shapes, config.text_config.max_position_embeddings
+    return shapes, "lm_head.weight" not in shapes, config.text_config
 
 
 def _import_vllm() -> tuple[Any, bool]:

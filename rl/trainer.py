@@ -68,11 +68,12 @@ class RLTrainer(PackedTrainer):
     ):
         self.sampler = sampler
         self.rows = train_dataset
-        self._forbidden = forbidden_token_ids(processing_class)
         self._pending: list[list[Group]] = []  # one entry an optimizer step, this rank's groups
         self._next_batch = 0
         self._synced_at: int | None = None
         super().__init__(model, args, train_dataset, processing_class, **kwargs)
+        vocab_size = self.accelerator.unwrap_model(self.model).config.text_config.vocab_size
+        self._forbidden = forbidden_token_ids(processing_class, vocab_size)
         refuse_sharded(self, "handing the policy's weights to the sampler")
         settings = RolloutSettings(
             sampling=SamplingConfig(

@@ -113,9 +113,15 @@ def bad_pairs(tmp_path: Path) -> tuple[Path, list[tuple[int, str]]]:
         ({"rejected": " \n"}, "field 'rejected' is empty"),
         ({"chosen": 4}, "field 'chosen' is int, expected a string"),
         ({"rejected": good["chosen"]}, "chosen and rejected are identical"),
-        ({"question": "Which bar?"}, "1 image(s) but 0 <image> placeholder(s)"),
+        (
+            {"question": "Which bar?", "image": ["good.png"] * 2},
+            "2 image(s) but 0 <image> placeholder",
+        ),
         ({"question": "<image><image> Which?"}, "1 image(s) but 2 <image> placeholder(s)"),
-        ({"question": "<image> <IMG_CONTEXT>?"}, "the text holds the image token '<IMG_CONTEXT>'"),
+        (
+            {"question": "<image> <IMG_CONTEXT>?"},
+            "question holds the control token '<IMG_CONTEXT>'",
+        ),
         ({"question": "<image>" + "red " * 300}, "tokens, over max_length 200"),
         ({"id": "pair-1"}, "the id of line 1 again: 'pair-1'"),
         (b'{"id": "torn", "question": "<image> Wh', "not valid JSON: "),

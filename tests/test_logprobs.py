@@ -94,7 +94,7 @@ def test_temperature_and_forbidden_ids(
     cases: Cases, batch: PackedBatch, temperature: float
 ) -> None:
     """As the sampler draws: logits / T, no mass on image tokens; entropy of that distribution."""
-    forbidden = forbidden_token_ids(cases.processor)
+    forbidden = forbidden_token_ids(cases.processor, cases.model.config.text_config.vocab_size)
     image_token = cases.processor.image_token_id
     assert len(forbidden) == 4 and image_token in forbidden
     options: dict[str, Any] = {"temperature": temperature, "forbidden": forbidden}

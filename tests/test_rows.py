@@ -140,7 +140,7 @@ def test_a_completion_that_holds_an_image_token(folder: Path, tiny_model: Path) 
         rows = read_rows(file, kind=kind, quarantine=quarantine)
         with pytest.raises(DataError, match="no usable row is left"):
             usable_rows(rows, encoder, kind, quarantine, quiet=True)
-    assert all("holds the image token '<IMG_CONTEXT>'" in reason for reason in reasons(folder))
+    assert all("holds the control token '<IMG_CONTEXT>'" in reason for reason in reasons(folder))
 
 
 def test_an_image_that_pillow_stumbles_over(folder: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cascade.world import make_chart
 from internvl.chat import (
+    decode_completion,
     encode_prompt,
     eos_token_id,
     forbidden_token_ids,
@@ -109,7 +110,7 @@ def teacher_forced(
     ids = torch.tensor([[*prompt.ids, *completion.token_ids]])
     pixels = normalize_tiles(processor, prompt.tiles) if len(prompt.tiles) else None
     logits = model(input_ids=ids, pixel_values=pixels).logits[0, len(prompt.ids) - 1 : -1]
-    logits[:, forbidden_token_ids(processor)] = -torch.inf
+    logits[:, forbidden_token_ids(processor, logits.shape[1])] = -torch.inf
     logprobs = (logits / temperature).log_softmax(-1)
     return logprobs.gather(1, ids[0, len(prompt.ids) :, None])[:, 0]
 
@@ -238,7 +239,7 @@ def test_a_forbidden_token_is_never_sampled(
     temperature: float,
 ) -> None:
     model = load(tiny_model)
-    forbidden = forbidden_token_ids(processor)
+    forbidden = forbidden_token_ids(processor, model.config.text_config.vocab_size)
     eos = eos_token_id(processor)
     with torch.no_grad():  # without the mask, these would be nearly all that is sampled
         model.lm_head.weight[forbidden] *= 40
@@ -266,7 +267,7 @@ def check_endings(completions: list[Completion], processor: Any, config: Samplin
         assert stopped or len(one.token_ids) == config.max_tokens
         assert len(one.logprobs) == len(one.token_ids)
         assert "<|im_end|>" not in one.text
-        assert one.text == processor.decode(one.token_ids, skip_special_tokens=True)
+        assert one.text == decode_completion(processor, one.token_ids)
 
 
 @vllm
