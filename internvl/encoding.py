@@ -146,8 +146,10 @@ class Encoder:
 
         room: tokens that must be left beside it, for a completion that is yet to be sampled.
         """
-        if fault := image_fault(row):
-            return fault
+        return image_fault(row) or self.length_fault(row, kind, room)
+
+    def length_fault(self, row: Row, kind: Kind, room: int = 0) -> str | None:
+        """Why a row whose images are good cannot be trained on, or None; see `fault`."""
         try:
             length = self.length(row, kind)
         except DataError as error:

@@ -32,6 +32,8 @@ class Row:
     data: the (tidy) record. file, line: its origin; line counts from 1 and is the row's number
     where the file has no lines. image_root: the folder that relative paths of images and videos
     start from, and that no path may leave. max_tiles: the tile budget of its data set, if any.
+    fault: what is wrong with the record, where it was not looked at before; nothing else may be
+    asked of such a row.
     """
 
     data: dict[str, Any]
@@ -39,6 +41,7 @@ class Row:
     line: int
     image_root: Path
     max_tiles: int | None = None
+    fault: str | None = None
 
     @property
     def images(self) -> list[str | bytes]:
@@ -79,14 +82,18 @@ class Row:
             raise DataError(f"{video}: {len(frames)} frames, expected {self.num_frames}")
         return frames
 
-    def encoded_media(self) -> Iterator[bytes]:
-        """The encoded bytes of every image, or of the video's file or files: what they were."""
-        for source in self.image_sources():
-            yield source if isinstance(source, bytes) else source.read_bytes()
+    def media_files(self) -> list[Path]:
+        """The files that the images and the video are read from, a folder's one by one."""
+        files = [source for source in self.image_sources() if isinstance(source, Path)]
         video = self.video_source()
         if video is not None:
-            files = sorted(video.iterdir()) if video.is_dir() else [video]
-            yield from (file.read_bytes() for file in files if file.is_file())
+            files += sorted(video.iterdir()) if video.is_dir() else [video]
+        return files
+
+    def encoded_media(self) -> Iterator[bytes]:
+        """The encoded bytes of every image, or of the video's file or files."""
+        yield from (image for image in self.images if isinstance(image, bytes))
+        yield from (file.read_bytes() for file in self.media_files() if file.is_file())
 
     def prompt_text(self, text: str) -> str:
         r"""A user's text as the model sees it: a video's placeholder becomes one line a frame.
@@ -134,6 +141,8 @@ def path_fault(path: Path, root: Path) -> str | None:
 
 def image_fault(row: Row) -> str | None:
     """Why the images or the video of a row cannot be used, or None; decodes all of it."""
+    if row.fault is not None:
+        return row.fault
     paths = [source for source in row.image_sources() if isinstance(source, Path)]
     if (video := row.video_source()) is not None:
         paths.append(video)

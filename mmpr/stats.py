@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl.data import Kind
+from internvl.data import Kind, open_source
 from internvl.errors import DataError
+from internvl.records import list_images
 
 
 def detect_kind(path: Path) -> Kind:
-    """The kind of records a file holds, from its first whole line (a meta.json holds pairs).
+    """The kind of records that data hold, from the first that can be read (a meta.json's: pairs).
 
-    Raises DataError when the file is missing or its first record is of no known kind.
+    Raises DataError when the data are missing or their first record is of no known kind.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.suffix == ".json":
+    if path.suffix == ".json" and path.is_file():
         return "pair"
-    with path.open("rb") as lines:
-        for raw in lines:
-            try:
-                record = json.loads(raw)
-            except ValueError:
-                continue  # read_rows puts it into the quarantine
-            for field, kind in _TELLTALES:
-                if isinstance(record, dict) and field in record:
-                    return kind
-            raise DataError(f"{path}: its first record is no question, rollout, verdict or pair")
-    raise DataError(f"{path}: not one line of JSON")
+    source = open_source(path)
+    for index in range(len(source)):
+        record, fault = source.read(index)
+        if fault is not None:
+            continue  # read_rows puts it into the quarantine
+        for field, kind in _TELLTALES:
+            if isinstance(record, dict) and field in record:
+                return kind
+        raise DataError(f"{path}: its first record is no question, rollout, verdict or pair")
+    raise DataError(f"{path}: not one record")
 
 
 _TELLTALES: tuple[tuple[str, Kind], ...] = (
@@ -66,8 +63,7 @@ def _shares(counts: Counter[str]) -> str:
 
 def _images(records: Sequence[dict[str, Any]]) -> Counter[str]:
     def number(record: dict[str, Any]) -> int:
-        image = record.get("image")
-        return 0 if image is None else 1 if isinstance(image, str) else len(image)
+        return len(list_images(record))
 
     return Counter(f"{number(record)} image(s)" for record in records)
 

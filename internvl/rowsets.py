@@ -1,0 +1,170 @@
+"""Rows by number: each is read from its file when it is asked for, so a set of any size is small.
+
+DataSet (records by number) -> first pass: faults to the quarantine -> numbers that are kept
+                                                         Rows[i] -> read -> tidy -> Row
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, overload
+
+from internvl.errors import DataError
+from internvl.quarantine import Quarantine
+from internvl.records import Kind, find_fault, record_key, tidy_record
+from internvl.rows import Row
+from internvl.sources import DataSet, open_data_sets
+
+
+class RowSequence(Sequence[Row]):
+    """Rows by number; a slice is a view."""
+
+    def row(self, index: int) -> Row:
+        """The row of a number from 0."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Selection: ...
+
+    def __getitem__(self, index: int | slice) -> Row | Selection:
+        if isinstance(index, slice):
+            return Selection(self, range(*index.indices(len(self))))
+        number = index + len(self) if index < 0 else index
+        if not 0 <= number < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self.row(number)
+
+
+class Selection(RowSequence):
+    """Some rows of others, by their numbers there."""
+
+    def __init__(self, rows: Sequence[Row], numbers: Sequence[int]):
+        self._rows = rows
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def row(self, index: int) -> Row:
+        """The row of a number from 0."""
+        return self._rows[self._numbers[index]]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A data set's part in `Rows`. kept: the numbers of its good records (None: all)."""
+
+    data_set: DataSet
+    kept: array[int] | None
+
+    @property
+    def number(self) -> int:
+        """Rows of one time through."""
+        return len(self.data_set.source) if self.kept is None else len(self.kept)
+
+    @property
+    def length(self) -> int:
+        """Rows, repetitions counted: r times is int(r) times, and the first fraction once more."""
+        whole = int(self.data_set.repeat)
+        return whole * self.number + round((self.data_set.repeat - whole) * self.number)
+
+
+class Rows(RowSequence):
+    """The rows of one or more data sets of one kind.
+
+    checked: whether the records were looked at already; otherwise that is done as each is read,
+    and `Row.fault` says what was found.
+    """
+
+    def __init__(self, parts: Sequence[_Part], kind: Kind, *, checked: bool):
+        self._parts = parts
+        self._ends = list(accumulate(part.length for part in parts))
+        self._kind = kind
+        self._checked = checked
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def row(self, index: int) -> Row:
+        """The row of a number from 0, read from its file."""
+        where = bisect_right(self._ends, index)
+        part = self._parts[where]
+        number = (index - (self._ends[where - 1] if where else 0)) % part.number
+        if part.kept is not None:
+            number = part.kept[number]
+        data_set = part.data_set
+        record, fault = _read(data_set, number, self._kind, check=not self._checked)
+        file, line = data_set.source.origin(number)
+        return Row(record, file, line, data_set.root, data_set.max_tiles, fault)
+
+
+def _read(data_set: DataSet, number: int, kind: Kind, *, check: bool) -> tuple[Any, str | None]:
+    """A tidy record and what is wrong with it."""
+    record, fault = data_set.source.read(number)
+    if fault is None and isinstance(record, dict):
+        record = tidy_record(record, kind)
+    if fault is None and check:
+        fault = find_fault(record, kind)
+    return record, fault
+
+
+def read_rows(
+    path: Path | str,
+    *,
+    kind: Kind,
+    quarantine: Quarantine,
+    image_root: Path | None = None,
+    checked: bool = True,
+    quiet: bool = False,
+) -> Rows:
+    """The rows of a JSONL file, an MMPR `meta.json`, parquet files or a saved data set.
+
+    Bad records are put aside, all of them now; with `checked=False` nothing is looked at before it
+    is used: rows then say themselves what is wrong (`Row.fault`), and ids may repeat. image_root:
+    where relative paths of images start; by default the folder of the data, or the `root` of
+    meta.json. `repeat_time` r repeats a data set int(r) times and takes the first fraction of it
+    once more (MMPR's meaning: 0.5 takes the first half). quiet: no progress bars.
+    Raises `DataError` when a file is missing, when more rows are bad than the quarantine allows,
+    or when no row is left.
+    """
+    path = Path(path)
+    parts, read = [], 0
+    for data_set in open_data_sets(path, image_root, quiet=quiet):
+        read += len(data_set.source)
+        kept = _sift(data_set, kind, quarantine, quiet=quiet) if checked else None
+        parts.append(_Part(data_set, kept))
+    quarantine.check(read)
+    if not any(part.length for part in parts):
+        raise DataError(f"{path}: no usable {kind} row ({read} read)")
+    return Rows(parts, kind, checked=checked)
+
+
+def _sift(
+    data_set: DataSet, kind: Kind, quarantine: Quarantine, *, quiet: bool
+) -> array[int] | None:
+    """The numbers of the good records, or None where all are; the others are put aside."""
+    from tqdm import tqdm
+
+    source = data_set.source
+    kept = array("q")
+    seen: dict[tuple[object, ...], int] = {}
+    for number in tqdm(range(len(source)), desc="reading rows", delay=2, disable=quiet):
+        record, fault = _read(data_set, number, kind, check=True)
+        if fault is None and (key := record_key(record, kind)) is not None:
+            first = seen.setdefault(key, number)
+            if first != number:
+                _, line = source.origin(first)
+                fault = f"the id of line {line} again: {record['id']!r}"
+        if fault is None:
+            kept.append(number)
+        else:
+            quarantine.add(*source.origin(number), fault, record)
+    return None if len(kept) == len(source) else kept

@@ -1,0 +1,176 @@
+"""Where rows come from: JSONL, parquet and saved data sets, alone or listed in a `meta.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+from internvl.errors import DataError
+from internvl.lines import Lines, open_lines
+from internvl.tables import Table, open_tables
+
+_SHOWN_BYTES = 500  # of a line that is not JSON
+_HUB_NAME = re.compile(r"(hf://(datasets/)?)?[\w.-]+/[\w.-]+")
+
+
+class Source(Protocol):
+    """Records by number from 0."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Any, str | None]:
+        """A record, and why it could not be read; then the record is what can be shown of it."""
+        ...
+
+    def origin(self, index: int) -> tuple[Path, int]:
+        """The file and the line (or row) that a record came from; lines count from 1."""
+        ...
+
+
+class JsonLines:
+    """The records of a JSONL file; blank lines are none."""
+
+    def __init__(self, path: Path, lines: Lines):
+        self.path = path
+        self._lines = lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def read(self, index: int) -> tuple[Any, str | None]:
+        """A record by its number; see `Source`."""
+        raw = self._lines.read(index)
+        try:
+            return json.loads(raw), None
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both
+            reason = f"not valid JSON: {error}"
+        except RecursionError:
+            reason = "not valid JSON: nested too deeply"
+        return raw[:_SHOWN_BYTES].decode("utf-8", "replace"), reason
+
+    def origin(self, index: int) -> tuple[Path, int]:
+        """A record's file and line; see `Source`."""
+        return self.path, self._lines.number(index)
+
+
+class Tables:
+    """The rows of parquet or Arrow files, one file after the other."""
+
+    def __init__(self, tables: Sequence[Table]):
+        self._tables = tables
+        self._ends = list(accumulate(map(len, tables)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _find(self, index: int) -> tuple[Table, int]:
+        number = bisect_right(self._ends, index)
+        return self._tables[number], index - (self._ends[number - 1] if number else 0)
+
+    def read(self, index: int) -> tuple[Any, str | None]:
+        """A row by its number; see `Source`."""
+        table, row = self._find(index)
+        return table.record(row), None
+
+    def origin(self, index: int) -> tuple[Path, int]:
+        """A row's file and its number there; see `Source`."""
+        table, row = self._find(index)
+        return table.path, row + 1
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One data set: its records, the folder its images lie in, and what `meta.json` says of it.
+
+    repeat: how often it is taken. max_tiles: the tile budget of its prompts (None: not given).
+    """
+
+    source: Source
+    root: Path
+    repeat: float = 1.0
+    max_tiles: int | None = None
+
+
+def check_input(path: Path) -> None:
+    """Raise `DataError` unless there are data at a path; nothing is read."""
+    if path.exists() or "*" in path.name:
+        return
+    if _HUB_NAME.fullmatch(str(path)) and not path.suffix:
+        raise DataError(
+            f"{path}: no such file or folder. A data set of the Hugging Face hub is downloaded "
+            f"first: hf download {path} --repo-type dataset --local-dir DIR; then give DIR"
+        )
+    raise DataError(f"{path}: no such file")
+
+
+def open_source(path: Path, *, quiet: bool = False) -> Source:
+    """The records of a JSONL file, parquet files or a saved data set; quiet: no progress bars."""
+    check_input(path)
+    if path.is_dir() or path.suffix == ".parquet" or "*" in path.name:
+        return Tables(open_tables(path, quiet=quiet))
+    if not path.is_file():
+        raise DataError(f"{path}: not a file")
+    return JsonLines(path, open_lines(path, quiet=quiet))
+
+
+def open_data_sets(
+    path: Path, image_root: Path | None = None, *, quiet: bool = False
+) -> Iterator[DataSet]:
+    """The data sets behind a path, one by one: several for a `meta.json`, else the one.
+
+    image_root: instead of the folder that the data lie in, or the roots that meta.json names.
+    Raises `DataError` for an entry of meta.json that is not whole or asks for what is not done.
+    """
+    check_input(path)
+    if path.suffix != ".json":
+        root = image_root or (path if path.is_dir() else path.parent)
+        yield DataSet(open_source(path, quiet=quiet), root)
+        return
+    for name, entry in _read_meta(path).items():
+        where = f"{path}: data set {name!r}"
+        if not isinstance(entry, dict) or not isinstance(entry.get("annotation"), str):
+            raise DataError(f"{where} has no 'annotation' path")
+        if entry.get("data_augment"):
+            raise DataError(
+                f"{where}: data_augment is {entry['data_augment']!r}, which is not supported "
+                "here; take it out"
+            )
+        root = image_root or path.parent / str(entry.get("root") or "")
+        repeat, max_tiles = _repeat(entry, where), _max_tiles(entry, where)
+        annotation = path.parent / entry["annotation"]
+        if not annotation.exists():
+            raise DataError(f"{where}: {annotation}: no such file")
+        yield DataSet(open_source(annotation, quiet=quiet), root, repeat, max_tiles)
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(meta, dict) or not meta:
+        raise DataError(f"{path}: expected {{name: {{root, annotation, ...}}}}")
+    return meta
+
+
+def _repeat(entry: dict[str, Any], where: str) -> float:
+    value = entry.get("repeat_time", 1)
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise DataError(f"{where}: repeat_time is {value!r}; give a number of 0 or more")
+    return float(value)
+
+
+def _max_tiles(entry: dict[str, Any], where: str) -> int | None:
+    value = entry.get("max_dynamic_patch")
+    if value is not None and (type(value) is not int or value < 1):
+        raise DataError(
+            f"{where}: max_dynamic_patch is {value!r}; give a whole number of tiles, 1 or more"
+        )
+    return value
