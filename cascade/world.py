@@ -1,7 +1,11 @@
 """The demo world: bar charts and questions about them, on which a tiny InternVL really learns.
 
-A chart is 56x56 pixels: a dark background and four bars (red, green, blue, yellow, in any order)
-of 1 to 9 units, with jitter and noise. A question asks for the sum or the difference of two bars.
+A chart has a dark background and four bars (red, green, blue, yellow, in any order) of 1 to 9
+units, with jitter and noise. Half of the charts are square, 56x56 pixels, and one tile of the tiny
+model; half are wide, 112x56, and cut into two tiles with a thumbnail. The bars of both are alike,
+but a wide chart has eight places for its four bars, so either tile may hold any number of them,
+and its thumbnail shows them at half their width. A question asks for the sum or the difference of
+two bars.
 A careful answer reads both bars and then calculates; a careless one only claims. Differences are
 there because their operands do not commute: a model that swaps its two readings gets a sum right
 and a difference wrong.
@@ -22,7 +26,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,7 +43,10 @@ COLOURS = {
     "blue": (60, 90, 230),
     "yellow": (230, 210, 50),
 }
-SIDE = 56  # pixels; one tile of the tiny model
+SIDE = 56  # pixels; one tile of the tiny model, and the height of every chart
+PLACE = 14  # pixels across that a bar has for itself; a tile is a whole number of them
+WIDE_PLACES = 8  # of a wide chart; a square one has as many as there are bars
+WIDE_SHARE = 0.5  # of the charts
 UNIT = 5  # pixels of bar height a unit
 CARELESS_SHARE = 0.7  # of the answers in "mixed"
 CARELESS_ERROR = 3  # a careless answer is the truth + a whole number in [-3, 3]
@@ -74,14 +81,24 @@ SPLITS: dict[str, Literal["careful", "mixed", "question"]] = {
 class Chart:
     """What a chart shows and what is asked about it.
 
+    heights: units by colour, from left to right. places: where the bars stand, counted from the
+    left, ascending; slots: how many places the chart has (4: square, 8: wide).
+
     Example: Chart({"blue": 2, "red": 7, "yellow": 4, "green": 9}, "difference", "blue", "red")
-    is read from left to right and asks for 2 - 7.
+    is square and asks for 2 - 7.
     """
 
     heights: dict[str, int]
     operation: Operation
     first: str
     second: str
+    places: tuple[int, ...] = (0, 1, 2, 3)
+    slots: int = len(COLOURS)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture in pixels."""
+        return self.slots * PLACE, SIDE
 
     @property
     def operands(self) -> tuple[int, int]:
@@ -152,7 +169,7 @@ def make_world(out: Path, *, seed: int, sizes: WorldSizes) -> None:
 
 
 def make_chart(seed: int, split: str, index: int) -> tuple[Chart, Image.Image, dict[str, Any]]:
-    """Return a chart, its picture (RGB, 56x56) and its record, without touching the disk."""
+    """Return a chart, its picture (RGB, `Chart.size`) and its record, without touching the disk."""
     import numpy as np
 
     rng = np.random.default_rng([seed, list(SPLITS).index(split), index])
@@ -161,25 +178,28 @@ def make_chart(seed: int, split: str, index: int) -> tuple[Chart, Image.Image, d
     first, second = (str(c) for c in rng.choice(colours, 2, replace=False))
     operation: Operation = "sum" if rng.random() < 0.5 else "difference"
     chart = Chart(heights, operation, first, second)
-    return chart, draw(heights, rng), _record(chart, split, index, rng)
+    if rng.random() < WIDE_SHARE:
+        places = tuple(sorted(int(p) for p in rng.choice(WIDE_PLACES, len(COLOURS), replace=False)))
+        chart = replace(chart, places=places, slots=WIDE_PLACES)
+    return chart, draw(chart, rng), _record(chart, split, index, rng)
 
 
-def draw(heights: dict[str, int], rng: np.random.Generator) -> Image.Image:
-    """Draw bars of these heights (units, from left to right) with jitter and noise."""
+def draw(chart: Chart, rng: np.random.Generator) -> Image.Image:
+    """Draw a chart with jitter and noise; no bar crosses the edge of its place, so none is cut."""
     import numpy as np
     from PIL import Image, ImageDraw
 
     background = int(rng.integers(0, 21))
-    image = Image.new("RGB", (SIDE, SIDE), (background,) * 3)
+    image = Image.new("RGB", chart.size, (background,) * 3)
     canvas = ImageDraw.Draw(image)
-    slot = SIDE // len(heights)
     bottom = SIDE - 1 - int(rng.integers(0, 3))
-    for place, (colour, height) in enumerate(heights.items()):
+    for place, (colour, height) in zip(chart.places, chart.heights.items(), strict=True):
         width = int(rng.integers(8, 12))
-        left = place * slot + (slot - width) // 2 + int(rng.integers(-1, 2))
+        left = place * PLACE + (PLACE - width) // 2 + int(rng.integers(-1, 2))
         fill = tuple(np.clip(COLOURS[colour] + rng.integers(-15, 16, 3), 0, 255).tolist())
         canvas.rectangle((left, bottom - height * UNIT + 1, left + width - 1, bottom), fill=fill)
-    pixels = np.asarray(image, dtype=np.int16) + rng.integers(-10, 11, (SIDE, SIDE, 3), np.int16)
+    pixels = np.asarray(image, dtype=np.int16)
+    pixels = pixels + rng.integers(-10, 11, pixels.shape, np.int16)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 

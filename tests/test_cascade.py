@@ -249,11 +249,14 @@ def test_recipes_name_real_options(preset: str, tmp_path: Path) -> None:
         "control",
         "rl",
     ]
+    budgets = {}
     for item in stages.values():
         assert all(need in stages for need in item.needs)
         if item.config is None:
             _, tool, *words = item.command
-            importlib.import_module(f"{tool}.cli").build_parser().parse_args(words)
+            parsed = importlib.import_module(f"{tool}.cli").build_parser().parse_args(words)
+            if "max_tiles" in parsed:
+                budgets[item.name] = parsed.max_tiles
             continue
         assert item.config_file is not None
         item.config_file.parent.mkdir(parents=True, exist_ok=True)
@@ -266,6 +269,11 @@ def test_recipes_name_real_options(preset: str, tmp_path: Path) -> None:
         args, model = parse_config([kind, ModelArguments], module, words)
         assert (args.seed, args.output_dir) == (3, str(item.folder))
         assert Path(model.model_name_or_path).is_relative_to(tmp_path)
+        budgets[item.name] = args.max_tiles
+    # a wide chart is cut alike by all that look at it
+    looking = [name for name in stages if name.startswith("evaluate.") or name.endswith(".sample")]
+    trained = ["sft-careful", "sft", "mpo", "control", "rl"]
+    assert budgets == dict.fromkeys([*looking, *trained], 2)
 
 
 # ---- the demo ----

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,12 @@ from cascade.world import (
     CARELESS_ERROR,
     CARELESS_SHARE,
     COLOURS,
+    PLACE,
+    SIDE,
     SPLITS,
     UNIT,
+    WIDE_PLACES,
+    WIDE_SHARE,
     Chart,
     WorldSizes,
     careful_text,
@@ -28,8 +33,15 @@ from cascade.world import (
     make_world,
     question_text,
 )
-from internvl.chat import eos_token_id, forbidden_token_ids, load_processor
+from internvl.chat import (
+    encode_prompt,
+    eos_token_id,
+    forbidden_token_ids,
+    load_processor,
+    normalize_tiles,
+)
 from internvl.data import Quarantine, check_images, read_rows
+from internvl.sampler import SampleRequest
 from rewards import verify
 
 SMALL = WorldSizes(sft=6, mixed=6, probe=3, preference=4, rl=5, heldout=4)
@@ -41,31 +53,47 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def bar_heights(image: Image.Image) -> dict[str, int]:
-    """Heights in units, read from the pixels, from left to right."""
+def read_bars(image: Image.Image) -> dict[str, tuple[int, int, int]]:
+    """(first column, last column, height in units) of each bar, from left to right."""
     pixels = np.asarray(image, dtype=float)
     palette = np.array(list(COLOURS.values()), dtype=float)
     distance = np.abs(pixels[:, :, None] - palette).sum(-1)
     nearest, near = distance.argmin(-1), distance.min(-1) < 100
-    places, heights = {}, {}
+    bars = {}
     for index, colour in enumerate(COLOURS):
-        mask = (nearest == index) & near
-        heights[colour] = round(mask.sum(0).max() / UNIT)
-        places[colour] = mask.sum(0).argmax()
-    return {colour: heights[colour] for colour in sorted(COLOURS, key=places.__getitem__)}
+        columns = ((nearest == index) & near).sum(0)
+        (inside,) = np.nonzero(columns >= UNIT - 1)
+        bars[colour] = int(inside[0]), int(inside[-1]), round(columns.max() / UNIT)
+    return dict(sorted(bars.items(), key=lambda item: item[1]))
 
 
 def test_charts_show_what_their_records_say() -> None:
-    for index in range(50):
+    sizes = []
+    for index in range(100):
         chart, image, record = make_chart(3, "heldout", index)
-        assert bar_heights(image) == chart.heights
-        assert image.size == (56, 56)
+        bars = read_bars(image)
+        assert [(colour, height) for colour, (_, _, height) in bars.items()] == list(
+            chart.heights.items()
+        )
+        # each within its place, so no cut between two tiles goes through a bar
+        for place, (left, right, _) in zip(chart.places, bars.values(), strict=True):
+            assert place * PLACE <= left < right < (place + 1) * PLACE
+        sizes.append(image.size)
         a, b = chart.operands
         assert chart.result == (a + b if chart.operation == "sum" else a - b)
         assert record["answer"] == str(chart.result)
         assert record["question"].startswith("<image>\nWhat is the ")
         verdict = verify(record["solution"], record["answer"], matcher=record["matcher"])
         assert verdict.outcome == "correct" and verdict.format_ok
+    assert set(sizes) == {(SIDE, SIDE), (WIDE_PLACES * PLACE, SIDE)} == {(56, 56), (112, 56)}
+    assert abs(sizes.count((112, 56)) - 100 * WIDE_SHARE) < 20  # 4 standard deviations
+
+
+def test_either_tile_of_a_wide_chart_may_hold_any_number_of_bars() -> None:
+    charts = [make_chart(0, "rl", index)[0] for index in range(600)]
+    left = {sum(place < 4 for place in c.places) for c in charts if c.slots == WIDE_PLACES}
+    assert left == {0, 1, 2, 3, 4}
+    assert all(c.places == (0, 1, 2, 3) for c in charts if c.slots == len(COLOURS))
 
 
 def test_texts() -> None:
@@ -178,13 +206,53 @@ def test_any_text_comes_back_unchanged(text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+def picture(width: int) -> Image.Image:
+    """The first chart of this width."""
+    charts = (make_chart(0, "rl", index)[1] for index in range(20))
+    return next(image for image in charts if image.width == width)
+
+
+@pytest.mark.parametrize(("width", "tiles"), [(56, 1), (112, 3)])
+@pytest.mark.parametrize("max_tiles", [2, 4, 12])
+def test_a_wide_chart_is_two_tiles_and_a_thumbnail_for_the_trainer(
+    tiny_model: Path, width: int, tiles: int, max_tiles: int
+) -> None:
+    """Four image tokens a tile; the recipe's budget of 2 allows all that a larger one would."""
+    processor = load_processor(str(tiny_model))
+    image = picture(width)
+    prompt = encode_prompt(processor, "<image>\nHow many?", [image], max_tiles)
+    assert prompt.tiles.shape == (tiles, 3, SIDE, SIDE)
+    assert prompt.ids.count(processor.image_token_id) == 4 * tiles
+    pixels = np.asarray(image).transpose(2, 0, 1)
+    for index in range(tiles - 1 or 1):  # nothing is resized but the thumbnail
+        cut = pixels[:, :, index * SIDE : (index + 1) * SIDE]
+        assert np.array_equal(prompt.tiles[index].numpy(), cut)
+    if max_tiles == 2:
+        assert len(encode_prompt(processor, "<image>\nHow many?", [image], 1).tiles) == 1
+
+
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.parametrize(("width", "tokens"), [(56, 4), (112, 12)])
+def test_a_wide_chart_is_the_same_tokens_and_pixels_for_the_engine(
+    vllm_sampler: Any, tiny_model: Path, width: int, tokens: int
+) -> None:
+    import torch
+
+    processor = load_processor(str(tiny_model))
+    request = SampleRequest("<image>\nHow many?", (picture(width),), seed=0)
+    ids, pixels = vllm_sampler.engine_inputs(request, 2)
+    prompt = encode_prompt(processor, request.question, request.images, 2)
+    assert ids == prompt.ids and ids.count(processor.image_token_id) == tokens
+    assert torch.equal(pixels, normalize_tiles(processor, prompt.tiles))
+
+
 def test_tiny_model_is_loaded_by_the_auto_classes_and_answers_a_chat(tiny_model: Path) -> None:
     import torch
     from transformers import AutoModelForImageTextToText
 
     processor = load_processor(str(tiny_model))
     model = AutoModelForImageTextToText.from_pretrained(tiny_model)
-    _, image, _ = make_chart(0, "rl", 0)
+    image = picture(56)
     asked = question_text("sum", "green", "red")
     content = [{"type": "image", "image": image}, {"type": "text", "text": asked}]
     inputs = processor.apply_chat_template(
@@ -203,7 +271,7 @@ def test_tiny_model_is_loaded_by_the_auto_classes_and_answers_a_chat(tiny_model:
     out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert 26 < out.shape[1] <= 30
     assert model.generation_config.eos_token_id == eos_token_id(processor)
-    assert len(forbidden_token_ids(processor)) == 4
+    assert len(forbidden_token_ids(processor, len(processor.tokenizer))) == 4
 
     assert 600_000 < sum(weight.numel() for weight in model.parameters()) < 700_000
     assert model.lm_head.weight is not model.get_input_embeddings().weight
