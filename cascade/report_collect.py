@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +21,11 @@ from cascade.report_data import (
     StageResult,
     label,
 )
+from cascade.report_files import get, number, read_lines, read_object
+from cascade.report_pictures import Tiling, pictures, read_tiling
 from internvl.errors import UserError
 
 EXAMPLES, PAIRS = 8, 6
-# A page stays light: larger images are embedded at this size, small ones as they are.
-PICTURE_SIDE = 448
 
 _SFT_CURVES = {
     "loss": "Loss",
@@ -74,23 +71,24 @@ def collect(run: Path) -> ReportData:
     summary names; a missing or malformed one raises UserError. Everything else is optional, and
     what is not there is not on the page; a part that is there must be readable.
     """
-    summary = _read_object(run / "summary.json")
-    manifest = _read_object(run / "manifest.json")
+    summary = read_object(run / "summary.json")
+    manifest = read_object(run / "manifest.json")
     rows = _manifest_rows(manifest, run / "manifest.json")
     seconds = {row.stage: row.seconds for row in rows}
     names = [
-        _get(stage, "name", str, run / "summary.json")
-        for stage in _get(summary, "stages", list, run / "summary.json")
+        get(stage, "name", str, run / "summary.json")
+        for stage in get(summary, "stages", list, run / "summary.json")
     ]
     if not names:
         raise UserError(f"{run / 'summary.json'}: no stages; run the cascade to its end first")
-    examples, fates = _examples(run, names)
-    pairs, pairs_total = _pairs(run)
+    tiling = read_tiling(run, names)
+    examples, fates = _examples(run, names, tiling)
+    pairs, pairs_total = _pairs(run, tiling)
     return ReportData(
         title=f"Cascade: {', '.join(label(name) for name in names)}",
-        seed=_get(summary, "seed", int, run / "summary.json"),
-        preset=_get(manifest, "preset", str, run / "manifest.json"),
-        seconds=_number(summary, "seconds", run / "summary.json"),
+        seed=get(summary, "seed", int, run / "summary.json"),
+        preset=get(manifest, "preset", str, run / "manifest.json"),
+        seconds=number(summary, "seconds", run / "summary.json"),
         stages=[_stage_result(run, name, seconds) for name in names],
         careful=_optional_result(run, "sft-careful", seconds, skip=names),
         control=_optional_result(run, "control", seconds, skip=names),
@@ -111,22 +109,22 @@ def collect(run: Path) -> ReportData:
 
 def _stage_result(run: Path, name: str, seconds: dict[str, float]) -> StageResult:
     path = run / "eval" / name / "metrics.json"
-    metrics = _read_object(path)
+    metrics = read_object(path)
     optional = {
-        key: _number(metrics, key, path)
+        key: number(metrics, key, path)
         for key in ("careless", "chain_correct")
         if metrics.get(key) is not None
     }
     return StageResult(
         name=name,
-        n=_get(metrics, "n", int, path),
-        k=_get(metrics, "k", int, path),
-        greedy=_number(metrics, "greedy", path),
-        greedy_se=_number(metrics, "greedy_se", path),
-        sampled=_number(metrics, "sampled", path),
-        sampled_se=_number(metrics, "sampled_se", path),
-        format=_number(metrics, "format", path),
-        mean_tokens=_number(metrics, "mean_tokens", path),
+        n=get(metrics, "n", int, path),
+        k=get(metrics, "k", int, path),
+        greedy=number(metrics, "greedy", path),
+        greedy_se=number(metrics, "greedy_se", path),
+        sampled=number(metrics, "sampled", path),
+        sampled_se=number(metrics, "sampled_se", path),
+        format=number(metrics, "format", path),
+        mean_tokens=number(metrics, "mean_tokens", path),
         careless=optional.get("careless"),
         chain_correct=optional.get("chain_correct"),
         seconds=seconds.get(name),
@@ -144,11 +142,11 @@ def _optional_result(
 def _manifest_rows(manifest: dict[str, Any], path: Path) -> list[ManifestRow]:
     return [
         ManifestRow(
-            stage=_get(stage, "name", str, path),
-            seconds=_number(stage, "seconds", path),
-            command=tuple(str(part) for part in _get(stage, "command", list, path)),
+            stage=get(stage, "name", str, path),
+            seconds=number(stage, "seconds", path),
+            command=tuple(str(part) for part in get(stage, "command", list, path)),
         )
-        for stage in _get(manifest, "stages", list, path)
+        for stage in get(manifest, "stages", list, path)
     ]
 
 
@@ -169,10 +167,10 @@ def _curves(run: Path) -> list[Curve]:
         path = run / "stages" / stage / "trainer_state.json"
         if not path.exists():
             continue
-        log = _get(_read_object(path), "log_history", list, path)
+        log = get(read_object(path), "log_history", list, path)
         for key, title in titles.items():
             points = [
-                (_number(entry, "step", path), _number(entry, key, path, finite=False))
+                (number(entry, "step", path), number(entry, key, path, finite=False))
                 for entry in log
                 if key in entry
             ]
@@ -186,11 +184,13 @@ def _curves(run: Path) -> list[Curve]:
 # -- the same questions, answered by each stage ------------------------------------------------
 
 
-def _examples(run: Path, names: Sequence[str]) -> tuple[list[ExampleRow], list[tuple[str, int]]]:
+def _examples(
+    run: Path, names: Sequence[str], tiling: Tiling | None
+) -> tuple[list[ExampleRow], list[tuple[str, int]]]:
     """Return the chosen examples, and how many questions had which fate."""
     paths = {name: run / "eval" / name / "predictions.jsonl" for name in names}
     answered: dict[str, dict[str, dict[str, Any]]] = {
-        name: {str(_get(row, "id", (str, int), path)): row for row in _read_lines(path)}
+        name: {str(get(row, "id", (str, int), path)): row for row in read_lines(path)}
         for name, path in paths.items()
         if path.exists()
     }
@@ -207,34 +207,38 @@ def _examples(run: Path, names: Sequence[str]) -> tuple[list[ExampleRow], list[t
     }
     words = fate_words(stages)
     counts = Counter(fates.values())
-    chosen = choose_examples(fates, words, EXAMPLES)
-    rows = [
-        _example_row(run, id_, fates[id_], {name: answered[name][id_] for name in stages}, paths)
-        for id_ in chosen
-    ]
+    rows = []
+    for id_ in choose_examples(fates, words, EXAMPLES):
+        row = {name: answered[name][id_] for name in stages}
+        shown = pictures(run, row[stages[0]], paths[stages[0]], tiling)
+        rows.append(_example_row(id_, fates[id_], row, paths, shown))
     return rows, [(word, counts[word]) for word in words if counts[word]]
 
 
 def _outcome(row: dict[str, Any], path: Path) -> str:
-    return str(_get(_get(row, "greedy", dict, path), "outcome", str, path))
+    return str(get(get(row, "greedy", dict, path), "outcome", str, path))
 
 
 def _example_row(
-    run: Path, id_: str, fate_: str, rows: dict[str, dict[str, Any]], paths: dict[str, Path]
+    id_: str,
+    fate_: str,
+    rows: dict[str, dict[str, Any]],
+    paths: dict[str, Path],
+    shown: tuple[Picture, ...],
 ) -> ExampleRow:
     answers = []
     for name, row in rows.items():
-        sampled = _get(row, "sampled", list, paths[name])
-        right = sum(_get(one, "outcome", str, paths[name]) == "correct" for one in sampled)
-        greedy = _get(row, "greedy", dict, paths[name])
-        text = _get(greedy, "completion", str, paths[name])
+        sampled = get(row, "sampled", list, paths[name])
+        right = sum(get(one, "outcome", str, paths[name]) == "correct" for one in sampled)
+        greedy = get(row, "greedy", dict, paths[name])
+        text = get(greedy, "completion", str, paths[name])
         answers.append(StageAnswer(name, text, _outcome(row, paths[name]), right, len(sampled)))
     name, row = next(iter(rows.items()))
     return ExampleRow(
         id=id_,
         question=_question(row, paths[name]),
         answer=_answer(row["answer"]) if "answer" in row else "",
-        pictures=_pictures(run, row, paths[name]),
+        pictures=shown,
         fate=fate_,
         answers=tuple(answers),
     )
@@ -243,19 +247,19 @@ def _example_row(
 # -- preference pairs and offline rollouts -----------------------------------------------------
 
 
-def _pairs(run: Path) -> tuple[list[PairRow], int]:
+def _pairs(run: Path, tiling: Tiling | None) -> tuple[list[PairRow], int]:
     path = run / "stages" / "pairs" / "pairs.jsonl"
     if not path.exists():
         return [], 0
-    rows = list(_read_lines(path))
+    rows = list(read_lines(path))
     return [
         PairRow(
             id=str(row.get("id", "")),
             question=_question(row, path),
             answer=_answer(row.get("answer_gt", "")),
-            pictures=_pictures(run, row, path),
-            chosen=_get(row, "chosen", str, path),
-            rejected=_get(row, "rejected", str, path),
+            pictures=pictures(run, row, path, tiling),
+            chosen=get(row, "chosen", str, path),
+            rejected=get(row, "rejected", str, path),
         )
         for row in choose_pairs(rows, PAIRS)
     ], len(rows)
@@ -275,8 +279,8 @@ def _verdict_histograms(path: Path, stage: str) -> list[Histogram]:
     outcomes: Counter[str] = Counter()
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
-    for row in _read_lines(path):
-        outcome, id_ = _get(row, "outcome", str, path), str(_get(row, "id", (str, int), path))
+    for row in read_lines(path):
+        outcome, id_ = get(row, "outcome", str, path), str(get(row, "id", (str, int), path))
         outcomes[outcome] += 1
         asked[id_] += 1
         right[id_] += outcome == "correct"
@@ -305,78 +309,9 @@ def _verdict_histograms(path: Path, stage: str) -> list[Histogram]:
     ]
 
 
-# -- fields and files --------------------------------------------------------------------------
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise UserError(f"{path}: not found; a report needs it (is this the folder of a run?)")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: must be a JSON object")
-            yield row
-
-
-def _get(row: Any, key: str, kind: type | tuple[type, ...], path: Path) -> Any:
-    if not isinstance(row, dict) or key not in row:
-        raise UserError(f"{path}: field {key!r} is missing; write the file again")
-    if not isinstance(row[key], kind) or isinstance(row[key], bool):
-        raise UserError(f"{path}: field {key!r} is {row[key]!r}, which is of the wrong type")
-    return row[key]
-
-
-def _number(row: Any, key: str, path: Path, *, finite: bool = True) -> float:
-    value = float(_get(row, key, (int, float), path))
-    if finite and not math.isfinite(value):
-        raise UserError(f"{path}: field {key!r} is {value}; it must be a finite number")
-    return value
-
-
 def _question(row: dict[str, Any], path: Path) -> str:
-    return str(_get(row, "question", str, path)).replace("<image>", "").strip()
+    return str(get(row, "question", str, path)).replace("<image>", "").strip()
 
 
 def _answer(value: Any) -> str:
     return str(value[0] if isinstance(value, list) and value else value)
-
-
-def _pictures(run: Path, row: dict[str, Any], path: Path) -> tuple[Picture, ...]:
-    names = row.get("image") or []
-    names = [names] if isinstance(names, str) else names
-    return tuple(embed(_find_image(run, str(name), path)) for name in names)
-
-
-def _find_image(run: Path, name: str, path: Path) -> Path:
-    """Return an image's file: absolute, or relative to the run's world/ or to the JSONL file."""
-    tried = [run / "world" / name, path.parent / name]  # an absolute name replaces the folder
-    for candidate in tried:
-        if candidate.exists():
-            return candidate
-    raise UserError(f"{path}: image {name!r} not found; tried {tried[0]} and {tried[1]}")
-
-
-def embed(path: Path) -> Picture:
-    """Return an image file as a PNG data URI; longer sides than 448 pixels are scaled down."""
-    from internvl.data import load_image
-
-    image = load_image(path)
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    text = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return Picture(f"data:image/png;base64,{text}", image.width, image.height)

@@ -91,11 +91,31 @@ class Curve:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that is part of the page: a data URI, with its size in pixels."""
+    """An image that is part of the page: a data URI, with its size in pixels.
+
+    grid: columns and rows of the tiles that the model saw it in; None where that is not known.
+    """
 
     uri: str
     width: int
     height: int
+    grid: tuple[int, int] | None = None
+
+    @property
+    def cuts(self) -> list[tuple[str, float]]:
+        """Where one tile ends and the next begins: ("x" or "y", percent of that side)."""
+        columns, rows = self.grid or (1, 1)
+        return [("x", 100 * i / columns) for i in range(1, columns)] + [
+            ("y", 100 * j / rows) for j in range(1, rows)
+        ]
+
+    @property
+    def tiling(self) -> str:
+        """The tiles in words: "1 tile", "2 tiles + thumbnail", or nothing."""
+        if self.grid is None:
+            return ""
+        tiles = self.grid[0] * self.grid[1]
+        return "1 tile" if tiles == 1 else f"{tiles} tiles + thumbnail"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from cascade import report
 from cascade.report_choose import choose_examples, choose_pairs, fate, fate_words
-from cascade.report_data import StageResult, difference
+from cascade.report_data import Picture, StageResult, difference
 from cascade.terminal import stage_table
 from internvl.errors import UserError
 
@@ -71,7 +71,9 @@ def make_run(run: Path, *, questions: int = 30, steps: int = 24, n: int = 2000) 
         log += [{"step": step, "eval_gold_probability": step / 50} for step in (8, 16, 24)]
         write_json(run / "stages" / name / "trainer_state.json", {"log_history": log})
     write_pairs(run, rows, rng)
-    write_json(run / "stages" / "mpo" / "config.resolved.json", {"learning_rate": 3e-4})
+    write_json(run / "stages" / "mpo" / "config.resolved.json",
+               {"learning_rate": 3e-4, "max_tiles": 2})  # fmt: skip
+    write_json(run / "stages" / "mpo" / "config.json", {"vision_config": {"image_size": [56, 56]}})
     (run / "recipe.yaml").write_text("preset: full\n")
     write_json(run / "manifest.json", {"seed": 7, "preset": "full", "stages": [
         {"name": name, "command": ["accelerate", "launch", "-m", name, "--config", "a b.yaml"],
@@ -92,7 +94,7 @@ def wander(first: float, last: float, done: float, rng: random.Random) -> float:
 def make_question(world: Path, index: int, rng: random.Random) -> dict[str, Any]:
     """Draw one chart and return its question, with the heights beside it."""
     heights = {name: rng.randint(1, 9) for name in rng.sample(list(COLOURS), 4)}
-    image = Image.new("RGB", (56, 56), (12, 12, 14))
+    image = Image.new("RGB", (112 if index % 2 else 56, 56), (12, 12, 14))
     for place, (name, height) in enumerate(heights.items()):
         box = (4 + 13 * place, 54 - 5 * height, 12 + 13 * place, 54)
         ImageDraw.Draw(image).rectangle(box, fill=COLOURS[name])
@@ -217,6 +219,27 @@ def test_the_page_is_well_formed_and_needs_nothing_else(page: str) -> None:
     assert sum(tag == "img" for tag, _ in parser.tags) == 8 + 6
     curves = sum(len(keys) for keys in LOGGED.values()) + 2  # + two probes of SFT
     assert sum(tag == "svg" for tag, _ in parser.tags) == 2 + 2 + 2 + curves
+
+
+def test_images_show_where_they_were_cut(run: Path, page: str) -> None:
+    data = report.collect(run)
+    shown = [picture for row in data.examples for picture in row.pictures]
+    shown += [picture for row in data.pairs for picture in row.pictures]
+    wide = [picture for picture in shown if picture.width == 112]
+    assert 0 < len(wide) < len(shown)
+    assert {picture.grid for picture in wide} == {(2, 1)}
+    assert {picture.grid for picture in shown if picture.width == 56} == {(1, 1)}
+    assert page.count(">2 tiles + thumbnail<") == len(wide)
+    assert page.count(">1 tile<") == len(shown) - len(wide)
+    cut = '<i class="cut x" style="left: 50.00%"></i>'
+    assert page.count(cut) == page.count('<i class="cut') == len(wide)
+
+    unknown = replace(data.examples[0], pictures=(replace(wide[0], grid=None),))
+    page = report.render(replace(data, examples=[unknown], pairs=[]))
+    assert "<i class" not in page and "thumbnail<" not in page
+    assert Picture("", 3, 2, (3, 2)).cuts == [
+        ("x", pytest.approx(100 / 3)), ("x", pytest.approx(200 / 3)), ("y", 50)
+    ]  # fmt: skip
 
 
 def test_untrusted_text_is_escaped(run: Path) -> None:
