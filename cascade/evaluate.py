@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internvl.data import Row, write_json, write_jsonl
+from internvl.data import Row, store_images, write_json, write_jsonl
 from rewards import verify
 
 if TYPE_CHECKING:
@@ -88,9 +88,12 @@ def _requests(rows: Sequence[Row], first: int, seed: int) -> list[Any]:
 
 
 def predict(
-    rows: Sequence[Row], sampler: Sampler, config: EvaluationConfig
+    rows: Sequence[Row], sampler: Sampler, config: EvaluationConfig, *, output: Path
 ) -> list[dict[str, Any]]:
-    """Answer and judge every question: one prediction record each, in the rows' order."""
+    """Answer and judge every question: one prediction record each, in the rows' order.
+
+    output: the folder where images go that are no files.
+    """
     from tqdm import tqdm
 
     from internvl.sampler import SamplingConfig
@@ -109,15 +112,20 @@ def predict(
                 sampler.sample(requests, sampled),
                 strict=True,
             )
-            records += [_record(row, one, many) for row, one, many in answers]
+            records += [_record(row, one, many, output) for row, one, many in answers]
             bar.update(len(part))
     return records
 
 
-def _record(row: Row, one: Sequence[Completion], many: Sequence[Completion]) -> dict[str, Any]:
+def _record(
+    row: Row, one: Sequence[Completion], many: Sequence[Completion], output: Path
+) -> dict[str, Any]:
+    files = row.image_sources()
+    if any(isinstance(file, bytes) for file in files):
+        files = [*store_images(row, output)]
     return {
         "id": row.data["id"],
-        "image": [str(path.resolve()) for path in row.image_sources() if isinstance(path, Path)],
+        "image": [str(file.resolve()) for file in files if isinstance(file, Path)],
         "question": row.data["question"],
         "answer": row.data["answer"],
         **({"solution": row.data["solution"]} if "solution" in row.data else {}),
@@ -166,7 +174,7 @@ def evaluate(
     rows: Sequence[Row], sampler: Sampler, config: EvaluationConfig, *, model: str, output: Path
 ) -> dict[str, Any]:
     """Evaluate and write `predictions.jsonl` and `metrics.json` into `output`."""
-    records = predict(rows, sampler, config)
+    records = predict(rows, sampler, config, output=output)
     metrics = summarise(records, output.name, model, config)
     write_jsonl(output / "predictions.jsonl", records)
     write_json(output / "metrics.json", metrics)

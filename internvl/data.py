@@ -22,12 +22,15 @@ fields. Fields that are not named here are kept and passed through.
     system        the system prompt          max_tiles    the tile budget of this row's prompt
 
 The modules behind it: records (what a record must hold), rows (a record with its pictures),
-sources (files), lines and tables (records by number), rowsets, checks, quarantine, jsonl (writing).
+sources (files), lines and tables (records by number), rowsets, checks, quarantine, exports and
+jsonl (writing).
 """
 
 from internvl.checks import check_images as check_images
 from internvl.checks import usable_rows as usable_rows
 from internvl.errors import DataError as DataError
+from internvl.exports import portable_record as portable_record
+from internvl.exports import store_images as store_images
 from internvl.images import MAX_IMAGE_PIXELS as MAX_IMAGE_PIXELS
 from internvl.images import image_size as image_size
 from internvl.images import load_image as load_image
@@ -46,4 +49,5 @@ from internvl.rowsets import Rows as Rows
 from internvl.rowsets import Selection as Selection
 from internvl.rowsets import read_rows as read_rows
 from internvl.sources import check_input as check_input
+from internvl.sources import input_folder as input_folder
 from internvl.sources import open_source as open_source

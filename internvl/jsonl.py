@@ -9,10 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from internvl.errors import DataError
+from internvl.quarantine import json_value
+
 
 def dump_line(record: dict[str, Any]) -> str:
-    """One record as one line of JSONL, newline included."""
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    """One record as one line of JSONL, newline included.
+
+    Raises `DataError` for what JSON has no form for.
+    """
+    try:
+        line = json.dumps(record, ensure_ascii=False)
+        line.encode()
+    except TypeError as error:
+        wrong = [name for name, value in record.items() if json_value(value) != value]
+        raise DataError(f"field {', '.join(map(repr, wrong))} cannot be written: {error}") from None
+    except UnicodeEncodeError:  # half a surrogate pair: only an escape can hold it
+        line = json.dumps(record)
+    return line + "\n"
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> int:

@@ -57,7 +57,7 @@ class Row:
         return frames
 
     def image_sources(self) -> list[ImageSource]:
-        """The images on disk or in memory; `image_fault` says whether a path leaves the root."""
+        """The images on disk or in memory; `load_images` refuses a path that leaves the root."""
         return [
             self.image_root / image if isinstance(image, str) else image for image in self.images
         ]
@@ -70,9 +70,13 @@ class Row:
     def load_images(self) -> list[Image.Image]:
         """The decoded images, or the frames of the video, in the order of their placeholders.
 
-        Raises `DataError` with the path and the reason.
+        Raises `DataError` with the path and the reason, also for a path that leaves the root.
         """
         video = self.video_source()
+        paths = [source for source in self.image_sources() if isinstance(source, Path)]
+        for path in paths if video is None else [video]:
+            if fault := path_fault(path, self.image_root):
+                raise DataError(fault)
         if video is None:
             return [load_image(source) for source in self.image_sources()]
         from internvl.video import load_frames
@@ -143,12 +147,6 @@ def image_fault(row: Row) -> str | None:
     """Why the images or the video of a row cannot be used, or None; decodes all of it."""
     if row.fault is not None:
         return row.fault
-    paths = [source for source in row.image_sources() if isinstance(source, Path)]
-    if (video := row.video_source()) is not None:
-        paths.append(video)
-    for path in paths:
-        if fault := path_fault(path, row.image_root):
-            return fault
     try:
         row.load_images()
     except DataError as error:

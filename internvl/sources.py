@@ -110,6 +110,11 @@ def check_input(path: Path) -> None:
     raise DataError(f"{path}: no such file")
 
 
+def input_folder(path: Path) -> Path:
+    """Where relative paths of images start by default."""
+    return path if path.is_dir() else path.parent
+
+
 def open_source(path: Path, *, quiet: bool = False) -> Source:
     """The records of a JSONL file, parquet files or a saved data set; quiet: no progress bars."""
     check_input(path)
@@ -130,7 +135,7 @@ def open_data_sets(
     """
     check_input(path)
     if path.suffix != ".json":
-        root = image_root or (path if path.is_dir() else path.parent)
+        root = image_root or input_folder(path)
         yield DataSet(open_source(path, quiet=quiet), root)
         return
     for name, entry in _read_meta(path).items():

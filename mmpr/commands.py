@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internvl.data import Quarantine, Row, read_rows, write_json, write_jsonl
+from internvl.data import Quarantine, Row, input_folder, read_rows, write_json, write_jsonl
 from internvl.errors import DataError, UserError
 from mmpr.groups import usable_verdicts
 from mmpr.pairs import PairConfig, PairReport, build_pairs
@@ -91,13 +91,14 @@ def run_sample(args: argparse.Namespace) -> None:
         dtype=args.dtype,
     )
     quarantine = _quarantine(args)
+    root = args.image_root or input_folder(args.questions)
     rows = read_rows(
         args.questions, kind="question", quarantine=quarantine, image_root=args.image_root
     )[: args.limit]
     # before the model is loaded: is this the same run, and is anything left to do?
     sample.check_same_run(args.output, run)
     done = sample.recover(args.output, config.n)
-    if sample.only_bad_left(sample.pending_rows(rows, done, args.output), quarantine):
+    if sample.only_bad_left(sample.pending_rows(rows, done, args.output, root), quarantine):
         quarantine.check(len(rows) + quarantine.count)
         print(f"{args.output} is complete: {len(done)} questions x {config.n}")
         _tell_bad(quarantine)
@@ -117,6 +118,7 @@ def run_sample(args: argparse.Namespace) -> None:
             config=config,
             run=run,
             quarantine=quarantine,
+            root=root,
             batch_questions=args.batch_questions,
         )
     finally:

@@ -25,6 +25,8 @@ from internvl.errors import UserError
 from mmpr.groups import JUDGED, group_by_question
 from mmpr.hashing import stable_hash
 
+_OF_THE_PROMPT = ("image", "video", "num_frames", "max_tiles", "system")  # besides the question
+
 
 @dataclass(frozen=True)
 class PairConfig:
@@ -178,7 +180,7 @@ def _pair(
     chosen: dict[str, Any], rejected: dict[str, Any], number: int, kind: str
 ) -> dict[str, Any]:
     """One line of MMPR; `kind` (correctness or format) is ours, and readers pass it through."""
-    shared = {name: chosen[name] for name in ("image", "system") if chosen.get(name) is not None}
+    shared = {name: chosen[name] for name in _OF_THE_PROMPT if chosen.get(name) is not None}
     return {
         "id": f"{chosen['id']}-{number}",
         **shared,

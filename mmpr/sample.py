@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 from internvl.data import (
     Quarantine,
     Row,
+    Selection,
     append_jsonl,
     dump_line,
     image_fault,
+    portable_record,
     write_json,
 )
 from internvl.errors import DataError, UserError
@@ -139,23 +142,34 @@ def recover(output: Path, n: int) -> dict[str, dict[str, Any]]:
     return done
 
 
-def pending_rows(rows: Sequence[Row], done: dict[str, dict[str, Any]], output: Path) -> list[Row]:
-    """The questions still to sample; raises UserError when a done one has changed or vanished."""
-    by_id = {row.data["id"]: row for row in rows}
-    for question_id, record in done.items():
-        row = by_id.get(question_id)
-        if row is None:
-            raise UserError(
-                f"{output} holds question {question_id!r}, which is not among the questions now. "
-                "Give another --output, or the same questions to go on."
-            )
-        for key in ("question", "image", "answer", "system"):
-            if record.get(key) != row.data.get(key):
+def pending_rows(
+    rows: Sequence[Row], done: dict[str, dict[str, Any]], output: Path, root: Path | None = None
+) -> Selection:
+    """The questions still to sample; raises UserError when a done one has changed or vanished.
+
+    root: see `portable_record`.
+    """
+    vanished = set(done)
+    pending = array("q")
+    for number, row in enumerate(rows):
+        question_id = row.data["id"]
+        if question_id not in done:
+            pending.append(number)
+            continue
+        vanished.discard(question_id)
+        record, now = done[question_id], portable_record(row, output, root, write=False)
+        for key in ("question", "image", "answer", "system", "video", "num_frames", "max_tiles"):
+            if record.get(key) != now.get(key):
                 raise UserError(
                     f"{row.file}:{row.line}: {key!r} of question {question_id!r} has changed since "
                     f"{output} was begun. Give another --output."
                 )
-    return [row for row in rows if row.data["id"] not in done]
+    if vanished:
+        raise UserError(
+            f"{output} holds question {min(vanished)!r}, which is not among the questions now. "
+            "Give another --output, or the same questions to go on."
+        )
+    return Selection(rows, pending)
 
 
 def only_bad_left(pending: Sequence[Row], quarantine: Quarantine) -> bool:
@@ -175,8 +189,6 @@ def make_request(row: Row, seed: int) -> SampleRequest:
     """The sampler's request for one question; raises DataError for an image that is no good."""
     from internvl.sampler import SampleRequest
 
-    if fault := image_fault(row):
-        raise DataError(fault)
     return SampleRequest(
         question=row.prompt_text(row.data["question"]),
         images=tuple(row.load_images()),
@@ -187,17 +199,17 @@ def make_request(row: Row, seed: int) -> SampleRequest:
 
 
 def rollout_records(
-    row: Row,
+    question: dict[str, Any],
     completions: Sequence[Completion],
     *,
     model: str,
     seed: int,
     config: SamplingConfig,
 ) -> list[dict[str, Any]]:
-    """One rollout record per completion of a question; seed: the question's own."""
+    """One rollout record per completion of a question record; seed: the question's own."""
     return [
         {
-            **row.data,
+            **question,
             "sample": index,
             "completion": completion.text,
             "token_ids": list(completion.token_ids),
@@ -213,25 +225,35 @@ def rollout_records(
     ]
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A question, its request, and its record as the rollouts repeat it."""
+
+    row: Row
+    request: SampleRequest
+    record: dict[str, Any]
+
+
 def _requests(
-    rows: Sequence[Row], seed: int, quarantine: Quarantine
-) -> list[tuple[Row, SampleRequest]]:
+    rows: Sequence[Row], seed: int, quarantine: Quarantine, output: Path, root: Path | None
+) -> list[_Asked]:
     """The requests of the questions whose images are good; the others go to the quarantine."""
-    requests = []
+    asked = []
     for row in rows:
         try:
-            requests.append((row, make_request(row, seed)))
+            request = make_request(row, seed)
+            asked.append(_Asked(row, request, portable_record(row, output, root)))
         except DataError as error:
             quarantine.add(row.file, row.line, str(error), row.data)
-    return requests
+    return asked
 
 
 def _sample_good(
     sampler: Sampler,
-    requests: Sequence[tuple[Row, SampleRequest]],
+    requests: Sequence[_Asked],
     config: SamplingConfig,
     quarantine: Quarantine,
-) -> list[tuple[Row, SampleRequest, list[Completion]]]:
+) -> list[tuple[_Asked, list[Completion]]]:
     """Sample a batch; a request that the sampler refuses (too long) goes to the quarantine.
 
     It refuses the whole batch, so halves are tried until the culprit is alone.
@@ -239,10 +261,10 @@ def _sample_good(
     if not requests:
         return []
     try:
-        answers = sampler.sample([request for _, request in requests], config)
+        answers = sampler.sample([asked.request for asked in requests], config)
     except DataError as error:
         if len(requests) == 1:
-            row = requests[0][0]
+            row = requests[0].row
             quarantine.add(row.file, row.line, str(error), row.data)
             return []
         half = len(requests) // 2
@@ -250,7 +272,7 @@ def _sample_good(
             *_sample_good(sampler, requests[:half], config, quarantine),
             *_sample_good(sampler, requests[half:], config, quarantine),
         ]
-    return [(*pair, completions) for pair, completions in zip(requests, answers, strict=True)]
+    return list(zip(requests, answers, strict=True))
 
 
 def sample_questions(
@@ -261,13 +283,14 @@ def sample_questions(
     config: SamplingConfig,
     run: dict[str, Any],
     quarantine: Quarantine,
+    root: Path | None = None,
     batch_questions: int = 256,
     progress: bool = True,
 ) -> SampleReport:
     """Sample every question that `output` does not hold yet and append its rollouts.
 
-    run: `describe_run` of this run. Questions with a bad image, or too long for the
-    model, go to the quarantine.
+    run: `describe_run` of this run. root: see `portable_record`. Questions with a bad image, or too
+    long for the model, go to the quarantine.
     Raises UserError when `output` belongs to another run, DataError when too many rows are bad.
     """
     from tqdm import tqdm
@@ -275,7 +298,7 @@ def sample_questions(
     run = {**run, "backend": sampler.name}
     run["model"] = check_same_run(output, run)
     done = recover(output, config.n)
-    pending = pending_rows(rows, done, output)
+    pending = pending_rows(rows, done, output, root)
     write_json(meta_path(output), run)
     total = len(rows) + quarantine.count
     sampled = tokens = cut_off = 0
@@ -284,12 +307,16 @@ def sample_questions(
     )
     for start in range(0, len(pending), batch_questions):
         chunk = pending[start : start + batch_questions]
-        requests = _requests(chunk, run["seed"], quarantine)
+        requests = _requests(chunk, run["seed"], quarantine, output, root)
         answered = _sample_good(sampler, requests, config, quarantine)
         with append_jsonl(output) as out:
-            for row, request, completions in answered:
+            for asked, completions in answered:
                 for record in rollout_records(
-                    row, completions, model=run["model"], seed=request.seed, config=config
+                    asked.record,
+                    completions,
+                    model=run["model"],
+                    seed=asked.request.seed,
+                    config=config,
                 ):
                     out.write(dump_line(record))
                     tokens += len(record["token_ids"])

@@ -114,16 +114,27 @@ def test_ids_of_conversations_may_repeat(folder: Path) -> None:
     assert len(read_rows(file, kind="question", quarantine=quarantine)) == 1
 
 
-@pytest.mark.parametrize("option", ["data_augment", "max_dynamic_patch"])
-def test_options_of_meta_json_that_nothing_acts_on(folder: Path, option: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data_augment": True}, "data_augment is True, which is not supported here"),
+        ({"max_dynamic_patch": 0}, "max_dynamic_patch is 0; give a whole number of tiles"),
+        ({"max_dynamic_patch": "6"}, "max_dynamic_patch is '6'; give a whole number of tiles"),
+        ({"repeat_time": "x"}, "repeat_time is 'x'; give a number of 0 or more"),
+        ({"annotation": "gone.jsonl"}, "gone.jsonl: no such file"),
+    ],
+)
+def test_entries_of_meta_json_that_cannot_be_honoured(
+    folder: Path, change: dict[str, Any], message: str
+) -> None:
     write(folder / "pairs.jsonl", [{"question": "Q", "chosen": "a", "rejected": "b"}])
     entry = {"root": ".", "annotation": "pairs.jsonl", "repeat_time": 1, "data_augment": False}
     meta = folder / "meta.json"
     quarantine = Quarantine(None)
     meta.write_text(json.dumps({"charts": entry}))
     assert len(read_rows(meta, kind="pair", quarantine=quarantine)) == 1
-    meta.write_text(json.dumps({"charts": {**entry, option: 6}}))
-    with pytest.raises(DataError, match=f"data set 'charts': {option} is 6, which is not"):
+    meta.write_text(json.dumps({"charts": {**entry, **change}}))
+    with pytest.raises(DataError, match=f"data set 'charts'.*{message}"):
         read_rows(meta, kind="pair", quarantine=quarantine)
 
 
