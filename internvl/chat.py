@@ -275,6 +275,8 @@ def _turns(
     Raises `DataError` for a template that does not write replies as they are: what is trained on
     would not be what is then read.
     """
+    if not messages or messages[0]["role"] == "assistant":
+        raise DataError("messages must begin with the user's, the system's or a tool's")
     eos = str(processor.tokenizer.convert_ids_to_tokens(eos_token_id(processor)))
     turns: list[tuple[str, str | None]] = []
     before = ""

@@ -65,6 +65,11 @@ class InternVLForConditionalGeneration(transformers.InternVLForConditionalGenera
             embeds = embeds.index_copy(0, packed.image_positions, features.to(embeds.dtype))
         else:
             embeds = embeds + 0.0 * features.sum().to(embeds.dtype)
+        if packed.position_ids.dtype not in (torch.int64, torch.float32):
+            raise UserError(
+                f"positions came as {packed.position_ids.dtype}, which rounds fractions of a "
+                "step: turn off the casting of a module's inputs (FSDP, DeepSpeed)"
+            )
         hidden = self.model.language_model(
             inputs_embeds=embeds[None],
             position_ids=packed.position_ids[None],

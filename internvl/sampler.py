@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+NO_V2PE = (
+    "vLLM knows no fractional positions (V2PE); use the transformers sampler, or a checkpoint "
+    "trained with position_steps 1"
+)
 Backend = Literal["auto", "vllm", "transformers"]
 MAX_SAMPLES = 1 << 16  # of one request: their seeds are consecutive, see `first_seed`
 
@@ -97,9 +101,10 @@ class SamplingConfig:
 class Completion:
     """One sampled completion.
 
-    text: decoded without special tokens. token_ids: with the end-of-turn id as the last one when
-    it was sampled (finish_reason "stop"), without it when the limit cut the completion
-    ("length"). logprobs: of each token of token_ids, after temperature, top-k, top-p and mask.
+    text: decoded without control tokens; `<box>` and the like stay. token_ids: with the
+    end-of-turn id as the last one when it was sampled (finish_reason "stop"), without it when the
+    limit cut the completion ("length"). logprobs: of each token of token_ids, after temperature,
+    top-k, top-p and mask.
     """
 
     text: str
@@ -199,10 +204,7 @@ def choose_backend(folder: Path, backend: Backend) -> Literal["vllm", "transform
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
     if backend == "vllm" and step != 1:
-        raise UserError(
-            f"{folder}: its position_step is {step:g} (V2PE), which vLLM does not have; use the "
-            "transformers sampler, or a checkpoint trained with position_steps 1"
-        )
+        raise UserError(f"{folder}: position_step is {step:g}: {NO_V2PE}")
     if backend != "auto":
         return backend
     reason = f"position_step is {step:g}, which vLLM does not have" if step != 1 else ""

@@ -82,6 +82,8 @@ class MPOTrainer(PackedTrainer):
             "mixed_precision": self.accelerator.mixed_precision,
             "template": str(self.encoder.processor.chat_template),
         }
+        if self.encoder.position_steps != (1.0,):
+            settings["position_steps"] = [*self.encoder.position_steps, self.encoder.seed]
         key = reference_key(checksum(model.state_dict().items()), rows, settings)
         self._reference_keys[name] = key
         # in a folder of its own: loaders take every safetensors file beside a config for weights

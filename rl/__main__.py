@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from internvl.errors import cli_guard
 
 _ABOUT = """\
@@ -38,12 +40,13 @@ def main() -> None:
     args, model_args = parse_config(
         [RLConfig, ModelArguments], "python -m rl", about=_ABOUT, example=_EXAMPLE
     )
-    from internvl.sampler import open_sampler
+    from internvl.sampler import choose_backend, open_sampler
     from rewards import request_fault
     from rl.trainer import RLTrainer
     from training.stage import check_files, open_stage, save_config
 
     check_files(args.train_file)
+    backend = choose_backend(Path(model_args.model_name_or_path), args.sampler)
     stage = open_stage(model_args, args)
     rows = stage.rows(
         *(args.train_file, "question"),
@@ -53,7 +56,7 @@ def main() -> None:
     longest = max(stage.encoder.length(row, "question") for row in rows)
     sampler = open_sampler(
         model_args.model_name_or_path,
-        backend=args.sampler,
+        backend=backend,
         seed=args.seed,
         max_model_len=longest + args.max_completion_length,
         dtype="bfloat16" if args.bf16 else model_args.dtype,

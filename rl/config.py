@@ -75,6 +75,11 @@ class RLConfig(PackedTrainingArguments):
             raise UserError("eval_strategy: evaluate checkpoints with `cascade evaluate` instead")
         if self.dataloader_num_workers:
             raise UserError("dataloader_num_workers: this stage makes its batches from rollouts")
+        if self.position_steps is not None:
+            raise UserError(
+                "position_steps: rollouts are sampled, and then trained on, with the position_step "
+                "of the checkpoint's config.json; set it there"
+            )
         if self.data_seed is not None:
             raise UserError("data_seed: the order of the questions follows seed in this stage")
         super().__post_init__()

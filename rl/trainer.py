@@ -25,7 +25,7 @@ from internvl.data import Row, append_jsonl, dump_line
 from internvl.errors import UserError
 from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
-from internvl.sampler import Sampler, SamplingConfig
+from internvl.sampler import NO_V2PE, Sampler, SamplingConfig
 from rl.config import RLConfig
 from rl.losses import gspo_loss, gspo_terms, sequence_ratios
 from rl.rollouts import Group, RolloutMaker, RolloutSettings
@@ -74,6 +74,8 @@ class RLTrainer(PackedTrainer):
         super().__init__(model, args, train_dataset, processing_class, **kwargs)
         vocab_size = self.accelerator.unwrap_model(self.model).config.text_config.vocab_size
         self._forbidden = forbidden_token_ids(processing_class, vocab_size)
+        if sampler.name == "vllm" and self.encoder.position_steps != (1.0,):
+            raise UserError(f"position_step is {self.encoder.position_steps[0]:g}: {NO_V2PE}")
         refuse_sharded(self, "handing the policy's weights to the sampler")
         settings = RolloutSettings(
             sampling=SamplingConfig(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def teacher_forced(
     temperature: float,
 ) -> Tensor:
     """Log-probabilities of a completion's tokens [T], from one forward over the whole."""
-    prompt = encode_prompt(processor, request.question, request.images, max_tiles=12)
+    prompt = encode_prompt(processor, request.question, request.images, request.budget(12))
     ids = torch.tensor([[*prompt.ids, *completion.token_ids]])
     pixels = normalize_tiles(processor, prompt.tiles) if len(prompt.tiles) else None
     logits = model(input_ids=ids, pixel_values=pixels).logits[0, len(prompt.ids) - 1 : -1]
@@ -147,6 +148,24 @@ def test_engine_and_trainer_see_the_same_tokens_and_bit_equal_pixels(
         assert ids == prompt.ids
         assert torch.equal(pixels, normalize_tiles(processor, prompt.tiles))
     assert len(encode_prompt(processor, "<image>", requests[13].images, 12).tiles) == 7
+
+
+@vllm
+def test_each_request_may_have_its_own_tile_budget(
+    vllm_sampler: Any,
+    hf_sampler: TransformersSampler,
+    model: Any,
+    processor: Any,
+    requests: list[SampleRequest],
+) -> None:
+    """In one batch; the same image with two budgets is two prompts, in the engine's cache too."""
+    mixed = [replace(requests[13], max_tiles=budget, seed=1) for budget in (None, 1, 4, 12)]
+    lengths = [len(vllm_sampler.engine_inputs(one, one.budget(12))[0]) for one in mixed]
+    assert [length - lengths[1] for length in lengths] == [4 * more for more in (6, 0, 2, 6)]
+    for sampler in (vllm_sampler, hf_sampler):
+        sampled = sampler.sample(mixed, SamplingConfig(n=2, max_tokens=12))
+        assert largest_gap(model, processor, mixed, sampled, 1.0) < TOLERANCE
+        assert sampled[0] == sampled[3] or sampler is hf_sampler
 
 
 @vllm

@@ -17,7 +17,6 @@ from transformers import TrainerCallback
 from internvl.chat import load_processor
 from internvl.checkpoint import load_model
 from internvl.data import Row
-from internvl.encoding import Encoder
 from internvl.sampler import Completion, SampleRequest, SamplingConfig
 from mpo.config import MPOConfig
 from mpo.trainer import MPOTrainer, ScoredPair
@@ -275,7 +274,6 @@ def make_trainer(
         train_dataset=rows,
         processing_class=processor,
         peft_config=peft_config,
-        encoder=Encoder(processor, MAX_TILES, max_length=4096),
         callbacks=[_Recorder(recorded)],
         **extra,
     )

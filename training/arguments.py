@@ -10,6 +10,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 
 from internvl.errors import UserError
+from internvl.positions import check_step
 
 # options of transformers that the packed step, loader, evaluation or checkpoint does not act on
 _NOT_HONOURED: dict[str, Any] = {
@@ -78,6 +79,21 @@ class PackedTrainingArguments(TrainingArguments):
             "to the quarantine. By default the model's own limit."
         },
     )
+    position_steps: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "V2PE: how far a visual token moves the position on, 1, 0.5, ... 0.00390625 "
+            "(1/256); of several, one is drawn for each image, by the sample's text and the seed. "
+            "By default the checkpoint's own position_step (1 where it names none)."
+        },
+    )
+    inference_position_step: float | None = field(
+        default=None,
+        metadata={
+            "help": "V2PE: the position_step that the saved checkpoint is to be used with; needed "
+            "where position_steps has several."
+        },
+    )
     freeze_vision: bool = field(
         default=False, metadata={"help": "Train neither the vision tower nor the projector."}
     )
@@ -131,6 +147,7 @@ class PackedTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
+        self._check_position_steps()
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns cannot be true: examples are not columns")
         if self.resume not in ("auto", "never"):
@@ -174,3 +191,24 @@ class PackedTrainingArguments(TrainingArguments):
                     f"report_to names {name!r}, which is not installed; there is: "
                     f"{', '.join(available) or 'none'}"
                 )
+
+    def _check_position_steps(self) -> None:
+        """Refuse steps that are none, and a checkpoint that would not say which one it takes."""
+        steps, after = self.position_steps, self.inference_position_step
+        for step in steps or []:
+            check_step(step, "position_steps")
+        if steps is not None and not steps:
+            raise UserError("position_steps is empty; leave it out, or give at least one step")
+        if after is None:
+            if steps is not None and len(steps) > 1:
+                raise UserError(
+                    f"position_steps is {steps}: say with inference_position_step which one the "
+                    "saved checkpoint is to be used with"
+                )
+            return
+        check_step(after, "inference_position_step")
+        if steps is None or after not in steps:
+            raise UserError(
+                f"inference_position_step is {after:g}, which is not among position_steps "
+                f"({steps}): nothing would be trained for it"
+            )

@@ -33,6 +33,7 @@ from internvl.packing import Example, PackedBatch, filler
 from training import refusals
 from training.arguments import PackedTrainingArguments
 from training.batches import STEP_BATCH, StepBatch, StepCollator, StepLoader, StepSampler
+from training.encoders import make_encoder, set_checkpoint_step
 from training.metrics import Metrics, sum_over_ranks
 from training.progress import StageProgress
 from training.resuming import ResumableTrainer
@@ -70,8 +71,14 @@ class PackedTrainer(ResumableTrainer):
             )
         refusals.refuse_unread(kwargs)
         internvl = adopt(model)
-        limit = args.max_length or internvl.config.text_config.max_position_embeddings
-        self.encoder = encoder or Encoder(processing_class, args.max_tiles, limit)
+        own = make_encoder(internvl, processing_class, args)
+        self.encoder = encoder or own
+        if self.encoder.position_steps != own.position_steps:
+            raise UserError(
+                f"the encoder's position_steps are {self.encoder.position_steps}, those of the "
+                f"options and the checkpoint {own.position_steps}"
+            )
+        set_checkpoint_step(internvl, args, peft_config)
         if args.freeze_vision:
             internvl.model.vision_tower.requires_grad_(False)
             internvl.model.multi_modal_projector.requires_grad_(False)

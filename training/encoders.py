@@ -1,0 +1,47 @@
+"""How a stage's rows become ids and tiles: one Encoder from the options and the checkpoint."""
+
+from __future__ import annotations
+
+from peft import PeftConfig
+from transformers import InternVLProcessor
+
+from internvl.encoding import Encoder
+from internvl.errors import UserError
+from internvl.model import InternVLForConditionalGeneration
+from internvl.positions import checkpoint_step
+from training.arguments import PackedTrainingArguments
+
+
+def make_encoder(
+    model: InternVLForConditionalGeneration,
+    processor: InternVLProcessor,
+    args: PackedTrainingArguments,
+) -> Encoder:
+    """The Encoder of a stage that trains `model`, within the model's own limit of tokens."""
+    limit = args.max_length or model.config.text_config.max_position_embeddings
+    steps = args.position_steps or [checkpoint_step(model.config.to_dict())]
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return Encoder(processor, args.max_tiles, limit, tuple(steps), seed)
+
+
+def set_checkpoint_step(
+    model: InternVLForConditionalGeneration,
+    args: PackedTrainingArguments,
+    peft_config: PeftConfig | None,
+) -> None:
+    """Make the model's config, and so what is saved, say the position step that it is trained for.
+
+    Raises `UserError` for an adapter: it is used with the config of its base.
+    """
+    before = checkpoint_step(model.config.to_dict())
+    after = args.inference_position_step
+    if after is None:
+        after = args.position_steps[0] if args.position_steps else before
+    if after == before:
+        return
+    if peft_config is not None:
+        raise UserError(
+            f"the adapter would be used with position_step {after:g}, but its base's config.json "
+            f'says {before:g}: write "position_step": {after:g} there first'
+        )
+    model.config.update({"position_step": after})
