@@ -12,9 +12,9 @@ Text is data: where it spells a control token (`<|im_end|>`, `<img>`, ...) it is
 since the template, vLLM and every other engine would take it for the token. `<ref>`, `<box>` and
 `<quad>` are what grounding answers are written with, and stay.
 
-The image processor is transformers' own, called with the same settings by trainer and engine, so
-that both see bit-equal pixels; here it stops at uint8 and `normalize_tiles` does the rest on the
-device.
+Tiles are cut by internvl.tiling, bit-equal to transformers' image processor, which the engine calls
+with the same settings: both see the same pixels. They stay uint8 until `normalize_tiles` does the
+rest on the device.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from internvl.data import IMAGE_PLACEHOLDER
 from internvl.errors import DataError, UserError
+from internvl.tiling import cut_images, processor_tile_size
 
 if TYPE_CHECKING:
     import torch
@@ -206,22 +207,13 @@ def cut_tiles(
     each (InternVL 2.5), the thumbnail not counted. Returns uint8 tiles [X, 3, H, W] and the number
     of tiles of each image.
     """
-    import torch
-
-    image_processor: Any = processor.image_processor
-    if not images:
-        height, width = image_processor.size["height"], image_processor.size["width"]
-        return torch.zeros((0, 3, height, width), dtype=torch.uint8), []
-    out = image_processor(
-        images=list(images),
-        do_rescale=False,
-        do_normalize=False,
-        return_tensors="pt",
-        **tile_settings(len(images), max_tiles),
+    settings = tile_settings(len(images), max_tiles)
+    return cut_images(
+        images,
+        min_tiles=settings["min_patches"],
+        max_tiles=settings["max_patches"],
+        tile_size=processor_tile_size(processor.image_processor),
     )
-    tiles = out["pixel_values"]
-    assert tiles.dtype == torch.uint8, f"tiles are {tiles.dtype}, expected uint8"
-    return tiles, [int(count) for count in out["num_patches"]]
 
 
 def tile_settings(num_images: int, max_tiles: int) -> dict[str, Any]:
