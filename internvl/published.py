@@ -91,6 +91,7 @@ def hf_config(chat: Config, *, image_token_id: int, eos_id: int, pad_id: int, ti
     vision = _hf_vision(settings)
     text = _hf_text(settings["llm_config"])
     text.update(eos_token_id=eos_id, pad_token_id=pad_id, tie_word_embeddings=tied)
+    text["dtype"] = vision["dtype"] = chat_dtype(chat)
     config = InternVLConfig(
         vision_config=vision,
         text_config=text,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.published_tokenizers import TOKENIZERS, write_json
+from published_tokenizers import TOKENIZERS, write_json
 
 _DYNAMIC = {"factor": 2.0, "type": "dynamic"}
 
@@ -31,6 +31,13 @@ class Family:
     spare: int = 0  # rows of the embeddings beyond the tokenizer
 
 
+_MODEL_TYPES = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "InternLM2ForCausalLM": "internlm2",
+    "LlamaForCausalLM": "llama",
+}
 FAMILIES = {
     # InternVL 2.5, 3: the vocabulary is exactly the tokenizer's
     "qwen2": Family("Qwen2ForCausalLM", "internvl2_5", {"rope_scaling": dict(_DYNAMIC)}),
@@ -102,7 +109,7 @@ def make_config(kind: Family, vocab_size: int, dtype: str) -> dict[str, Any]:
     """config.json as published, for a model of some hundred thousand parameters."""
     llm = {
         "architectures": [kind.architecture],
-        "model_type": kind.architecture.removesuffix("ForCausalLM").lower(),
+        "model_type": _MODEL_TYPES[kind.architecture],
         "vocab_size": vocab_size,
         "hidden_size": 128,
         "num_hidden_layers": 2,
