@@ -11,7 +11,9 @@ training delta is drawn for each image (InternVL3, arXiv 2504.10479, section 2.1
 is fixed: a checkpoint's config.json says it as "position_step" (absent: 1). With delta = 1
 positions are whole numbers, as without any of this.
 
-A multiple of 1/256 is exact in float32 up to position 65,536.
+The published code also rounds the position after an image up. With its 256 tokens a tile every
+image moves it on by a whole number, so that there it changes nothing. Its config says delta x 256
+as "rope_pos_id_stride". A multiple of 1/256 is exact in float32 up to position 65,536.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ Tests that need an accelerator are skipped where there is none.
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +36,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny-model")
     make_tiny_model(folder, seed=0)
+    return folder
+
+
+@pytest.fixture
+def stepped_model(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny checkpoint, to be used with delta = 1/4."""
+    folder = tmp_path / "stepped"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "position_step": 0.25}))
     return folder
 
 
