@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import distributed as dist
 from transformers import InternVLProcessor, set_seed
 
 from internvl.chat import load_processor
 from internvl.checkpoint import load_model
+from internvl.checks import Faults, Ranks
 from internvl.data import (
     Kind,
     Quarantine,
     RecordFault,
     Row,
+    check_input,
     read_rows,
     usable_rows,
     write_json,
@@ -25,6 +29,7 @@ from internvl.errors import UserError
 from internvl.model import InternVLForConditionalGeneration
 from training.arguments import PackedTrainingArguments
 from training.cli import ModelArguments
+from training.encoders import make_encoder
 
 
 @dataclass
@@ -44,7 +49,7 @@ class Stage:
         *,
         room: int = 0,
         record_fault: RecordFault | None = None,
-    ) -> list[Row]:
+    ) -> Sequence[Row]:
         """The usable rows of a file; the others go to the quarantine with their reason.
 
         room, record_fault: see `usable_rows`. `max_bad` holds for each file.
@@ -53,25 +58,37 @@ class Stage:
         # one process writes; the others find the same rows and only count them
         quarantine = Quarantine(self.quarantine_file if first else None, self.args.max_bad)
         root = Path(self.args.image_root) if self.args.image_root else None
+        quiet = bool(self.args.disable_tqdm) or not first
         good = usable_rows(
-            read_rows(file, kind=kind, quarantine=quarantine, image_root=root),
+            read_rows(file, kind=kind, quarantine=quarantine, image_root=root, quiet=quiet),
             self.encoder,
             kind,
             quarantine,
-            quiet=bool(self.args.disable_tqdm) or not first,
+            quiet=quiet,
             room=room,
             record_fault=record_fault,
+            known_folder=Path(self.args.output_dir or "") / "checked_rows",
+            ranks=Ranks(self.args.process_index, self.args.world_size, gather_faults),
         )
         if quarantine.count and first:
             print(f"{file}: {quarantine.count} bad rows so far, see {quarantine.path}")
         return good
 
 
+def gather_faults(mine: Faults) -> Faults:
+    """The faults that all ranks found: each looked at its share of the rows."""
+    if not dist.is_initialized():
+        return mine
+    found: list[Faults] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, mine)
+    return {number: fault for part in found for number, fault in part.items()}
+
+
 def check_files(*files: str | None) -> None:
-    """Raise `UserError` for a data file that is not there, before a model is loaded."""
+    """Raise `UserError` for data that are not there, before a model is loaded."""
     for file in files:
-        if file is not None and not Path(file).is_file():
-            raise UserError(f"{file}: no such file")
+        if file is not None:
+            check_input(Path(file))
 
 
 def check_eval_file(args: PackedTrainingArguments, file: str | None) -> None:
@@ -98,7 +115,7 @@ def open_stage(model_args: ModelArguments, args: PackedTrainingArguments) -> Sta
         raise UserError(f"{error.filename}: cannot be made: {error.strerror}") from None
     if args.process_index == 0:
         path.unlink(missing_ok=True)  # the rows are read anew, and put aside anew
-    return Stage(model, processor, Encoder(processor, args.max_tiles, limit), args, path)
+    return Stage(model, processor, make_encoder(model, processor, args), args, path)
 
 
 def save_config(args: PackedTrainingArguments, model_args: ModelArguments) -> None:
