@@ -16,6 +16,8 @@ from pathlib import Path
 
 from internvl.errors import UserError
 
+CACHED_FROM = 256 * 2**20  # bytes of a data file; what smaller ones need is made in no time
+
 
 def cache_folder() -> Path:
     """Where cached files lie."""
@@ -30,7 +32,7 @@ def file_stamp(path: Path) -> tuple[int, int]:
 
 
 def cached_file(
-    sources: Sequence[Path], suffix: str, make: Callable[[Path], None], *, version: int
+    sources: Sequence[Path], suffix: str, make: Callable[[Path], None], *, version: object
 ) -> Path:
     """The cached file made from `sources`; `make(path)` writes it where there is none yet.
 

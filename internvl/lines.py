@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from internvl.cache import cached_file, file_stamp
+from internvl.cache import CACHED_FROM, cached_file, file_stamp
 from internvl.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BLOCK_BYTES = 16 * 2**20
-CACHED_FROM = 256 * 2**20  # below, finding the offsets takes a fraction of a second
 _VERSION = 1  # of the cached format
 _NEWLINE = 10
 

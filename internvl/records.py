@@ -26,6 +26,8 @@ def list_images(record: dict[str, Any]) -> list[str | bytes]:
     value = record.get("image")
     if value is None or value == "" or value == []:
         return []
+    if isinstance(value, str):
+        return [value]
     items = value if isinstance(value, list) else [value]
     images = [_one_image(item) for item in items]
     found = [image for image in images if image is not None]
@@ -77,13 +79,17 @@ def tidy_record(record: dict[str, Any], kind: Kind) -> dict[str, Any]:
 
 
 def _prompt_text(record: dict[str, Any], kind: Kind) -> str | None:
-    """All text of the user's side, or None where there is not one whole."""
+    """All text of the user's side, or None where that is not all text."""
     if kind != "conversation":
         question = record.get("question")
         return question if isinstance(question, str) else None
-    if _conversation_fault(record):
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
         return None
-    return "".join(turn["value"] for turn in record["conversations"][::2])
+    try:
+        return "".join(turn["value"] for turn in turns[::2])
+    except (TypeError, KeyError, IndexError):
+        return None
 
 
 def _put_in_front(record: dict[str, Any], kind: Kind, text: str) -> dict[str, Any]:

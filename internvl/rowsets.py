@@ -6,6 +6,8 @@ DataSet (records by number) -> first pass: faults to the quarantine -> numbers t
 
 from __future__ import annotations
 
+import hashlib
+import json
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -14,11 +16,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
+from internvl import records
+from internvl.cache import CACHED_FROM, cached_file
 from internvl.errors import DataError
 from internvl.quarantine import Quarantine
 from internvl.records import Kind, find_fault, record_key, tidy_record
 from internvl.rows import Row
-from internvl.sources import DataSet, open_data_sets
+from internvl.sources import DataSet, Source, open_data_sets
 
 
 class RowSequence(Sequence[Row]):
@@ -101,14 +105,14 @@ class Rows(RowSequence):
         if part.kept is not None:
             number = part.kept[number]
         data_set = part.data_set
-        record, fault = _read(data_set, number, self._kind, check=not self._checked)
+        record, fault = _read(data_set.source, number, self._kind, check=not self._checked)
         file, line = data_set.source.origin(number)
         return Row(record, file, line, data_set.root, data_set.max_tiles, fault)
 
 
-def _read(data_set: DataSet, number: int, kind: Kind, *, check: bool) -> tuple[Any, str | None]:
+def _read(source: Source, number: int, kind: Kind, *, check: bool) -> tuple[Any, str | None]:
     """A tidy record and what is wrong with it."""
-    record, fault = data_set.source.read(number)
+    record, fault = source.read(number)
     if fault is None and isinstance(record, dict):
         record = tidy_record(record, kind)
     if fault is None and check:
@@ -123,6 +127,7 @@ def read_rows(
     quarantine: Quarantine,
     image_root: Path | None = None,
     checked: bool = True,
+    cached_from: int = CACHED_FROM,
     quiet: bool = False,
 ) -> Rows:
     """The rows of a JSONL file, an MMPR `meta.json`, parquet files or a saved data set.
@@ -131,15 +136,20 @@ def read_rows(
     is used: rows then say themselves what is wrong (`Row.fault`), and ids may repeat. image_root:
     where relative paths of images start; by default the folder of the data, or the `root` of
     meta.json. `repeat_time` r repeats a data set int(r) times and takes the first fraction of it
-    once more (MMPR's meaning: 0.5 takes the first half). quiet: no progress bars.
+    once more (MMPR's meaning: 0.5 takes the first half). cached_from: bytes of a data set from
+    which what was found is kept in the cache. quiet: no progress bars.
     Raises `DataError` when a file is missing, when more rows are bad than the quarantine allows,
     or when no row is left.
     """
     path = Path(path)
     parts, read = [], 0
-    for data_set in open_data_sets(path, image_root, quiet=quiet):
+    for data_set in open_data_sets(path, image_root, cached_from=cached_from, quiet=quiet):
         read += len(data_set.source)
-        kept = _sift(data_set, kind, quarantine, quiet=quiet) if checked else None
+        kept = (
+            _sift(data_set, kind, quarantine, cached_from=cached_from, quiet=quiet)
+            if checked
+            else None
+        )
         parts.append(_Part(data_set, kept))
     quarantine.check(read)
     if not any(part.length for part in parts):
@@ -148,23 +158,43 @@ def read_rows(
 
 
 def _sift(
-    data_set: DataSet, kind: Kind, quarantine: Quarantine, *, quiet: bool
+    data_set: DataSet, kind: Kind, quarantine: Quarantine, *, cached_from: int, quiet: bool
 ) -> array[int] | None:
     """The numbers of the good records, or None where all are; the others are put aside."""
+    source = data_set.source
+    files = source.files()
+    if sum(file.stat().st_size for file in files) < cached_from:
+        faults = _find_faults(source, kind, quiet=quiet)
+    else:
+
+        def make(target: Path) -> None:
+            target.write_text(json.dumps(_find_faults(source, kind, quiet=quiet)))
+
+        # what makes a record bad is written there: another text of it finds the faults anew
+        rules = hashlib.sha256(Path(records.__file__).read_bytes()).hexdigest()
+        kept_file = cached_file(files, f".{kind}.faults.json", make, version=rules)
+        faults = {int(number): fault for number, fault in json.loads(kept_file.read_text()).items()}
+    for number, fault in faults.items():
+        record, _ = _read(source, number, kind, check=False)
+        quarantine.add(*source.origin(number), fault, record)
+    if not faults:
+        return None
+    return array("q", (number for number in range(len(source)) if number not in faults))
+
+
+def _find_faults(source: Source, kind: Kind, *, quiet: bool) -> dict[int, str]:
+    """What is wrong with which record of a data set, an id that comes again included."""
     from tqdm import tqdm
 
-    source = data_set.source
-    kept = array("q")
+    faults = {}
     seen: dict[tuple[object, ...], int] = {}
     for number in tqdm(range(len(source)), desc="reading rows", delay=2, disable=quiet):
-        record, fault = _read(data_set, number, kind, check=True)
+        record, fault = _read(source, number, kind, check=True)
         if fault is None and (key := record_key(record, kind)) is not None:
             first = seen.setdefault(key, number)
             if first != number:
                 _, line = source.origin(first)
                 fault = f"the id of line {line} again: {record['id']!r}"
-        if fault is None:
-            kept.append(number)
-        else:
-            quarantine.add(*source.origin(number), fault, record)
-    return None if len(kept) == len(source) else kept
+        if fault is not None:
+            faults[number] = fault
+    return faults

@@ -12,6 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
+from internvl.cache import CACHED_FROM
 from internvl.errors import DataError
 from internvl.lines import Lines, open_lines
 from internvl.tables import Table, open_tables
@@ -31,6 +32,10 @@ class Source(Protocol):
 
     def origin(self, index: int) -> tuple[Path, int]:
         """The file and the line (or row) that a record came from; lines count from 1."""
+        ...
+
+    def files(self) -> list[Path]:
+        """The files that the records are read from."""
         ...
 
 
@@ -59,6 +64,10 @@ class JsonLines:
         """A record's file and line; see `Source`."""
         return self.path, self._lines.number(index)
 
+    def files(self) -> list[Path]:
+        """The one file; see `Source`."""
+        return [self.path]
+
 
 class Tables:
     """The rows of parquet or Arrow files, one file after the other."""
@@ -83,6 +92,10 @@ class Tables:
         """A row's file and its number there; see `Source`."""
         table, row = self._find(index)
         return table.path, row + 1
+
+    def files(self) -> list[Path]:
+        """The files in order; see `Source`."""
+        return [table.path for table in self._tables]
 
 
 @dataclass(frozen=True)
@@ -115,18 +128,25 @@ def input_folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def open_source(path: Path, *, quiet: bool = False) -> Source:
-    """The records of a JSONL file, parquet files or a saved data set; quiet: no progress bars."""
+def open_source(path: Path, *, cached_from: int = CACHED_FROM, quiet: bool = False) -> Source:
+    """The records of a JSONL file, parquet files or a saved data set.
+
+    cached_from: see `open_lines` and `open_tables`. quiet: no progress bars.
+    """
     check_input(path)
     if path.is_dir() or path.suffix == ".parquet" or "*" in path.name:
-        return Tables(open_tables(path, quiet=quiet))
+        return Tables(open_tables(path, cached_from=cached_from, quiet=quiet))
     if not path.is_file():
         raise DataError(f"{path}: not a file")
-    return JsonLines(path, open_lines(path, quiet=quiet))
+    return JsonLines(path, open_lines(path, cached_from=cached_from, quiet=quiet))
 
 
 def open_data_sets(
-    path: Path, image_root: Path | None = None, *, quiet: bool = False
+    path: Path,
+    image_root: Path | None = None,
+    *,
+    cached_from: int = CACHED_FROM,
+    quiet: bool = False,
 ) -> Iterator[DataSet]:
     """The data sets behind a path, one by one: several for a `meta.json`, else the one.
 
@@ -136,7 +156,7 @@ def open_data_sets(
     check_input(path)
     if path.suffix != ".json":
         root = image_root or input_folder(path)
-        yield DataSet(open_source(path, quiet=quiet), root)
+        yield DataSet(open_source(path, cached_from=cached_from, quiet=quiet), root)
         return
     for name, entry in _read_meta(path).items():
         where = f"{path}: data set {name!r}"
@@ -152,7 +172,8 @@ def open_data_sets(
         annotation = path.parent / entry["annotation"]
         if not annotation.exists():
             raise DataError(f"{where}: {annotation}: no such file")
-        yield DataSet(open_source(annotation, quiet=quiet), root, repeat, max_tiles)
+        source = open_source(annotation, cached_from=cached_from, quiet=quiet)
+        yield DataSet(source, root, repeat, max_tiles)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

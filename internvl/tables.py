@@ -15,13 +15,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internvl.cache import cached_file
+from internvl.cache import CACHED_FROM, cached_file
 from internvl.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-COPIED_FROM = 256 * 2**20  # bytes of a data set's parquet files; fewer are read into memory
 _BATCH_ROWS = 256
 _VERSION = 1  # of the copies
 _SPLIT_FILE = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}(-.*)?\.parquet")
@@ -101,10 +100,10 @@ def _saved_files(folder: Path) -> list[Path]:
     return files
 
 
-def open_tables(path: Path, *, copied_from: int = COPIED_FROM, quiet: bool = False) -> list[Table]:
+def open_tables(path: Path, *, cached_from: int = CACHED_FROM, quiet: bool = False) -> list[Table]:
     """The files behind a path, ready to be read by row number.
 
-    copied_from: the bytes of all parquet files together from which they are copied into the cache.
+    cached_from: the bytes of all parquet files together from which they are copied into the cache.
     quiet: no progress bar. Raises `DataError` for a file that is not what its name says.
     """
     import pyarrow as pa
@@ -114,7 +113,7 @@ def open_tables(path: Path, *, copied_from: int = COPIED_FROM, quiet: bool = Fal
     tables = []
     for file in files:
         try:
-            tables.append(Table(file, _batches(file, copy=size >= copied_from, quiet=quiet)))
+            tables.append(Table(file, _batches(file, copy=size >= cached_from, quiet=quiet)))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
             raise DataError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
     return tables

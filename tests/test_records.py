@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 from plain import noise_image
 
-from internvl import tables
 from internvl.data import (
     Quarantine,
     Row,
@@ -247,26 +246,23 @@ def check_hub_rows(rows: Sequence[Row], folder: Path, file: Path) -> None:
     assert "outside its root" in found[1]["reason"]
 
 
-@pytest.mark.parametrize("copied_from", [0, 2**40])
+@pytest.mark.parametrize("cached_from", [0, 2**40])
 def test_parquet(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, copied_from: int, tmp_path: Path
+    folder: Path, monkeypatch: pytest.MonkeyPatch, cached_from: int, tmp_path: Path
 ) -> None:
     """A file, a pattern and a folder; read into memory, or copied to Arrow in the cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(tables.open_tables, "__kwdefaults__", {
-        "copied_from": copied_from, "quiet": True
-    })  # fmt: skip
     file = folder / "train-00000-of-00001.parquet"
     rows = hub_rows(folder)
     pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=2)
     for path in (file, folder, folder / "train-*.parquet"):
-        check_hub_rows(read(path), folder, file)
+        check_hub_rows(read(path, cached_from=cached_from), folder, file)
         (folder / "images.jsonl").unlink()
     copies = list((tmp_path / "cache").rglob("*.arrow"))
-    assert len(copies) == (copied_from == 0)
+    assert len(copies) == (cached_from == 0)
     # a changed file is copied anew, and the old copy goes
     pq.write_table(pa.Table.from_pylist(rows[:3]), file)
-    assert [one.data["id"] for one in read(file)] == [
+    assert [one.data["id"] for one in read(file, cached_from=cached_from)] == [
         f"train-00000-of-00001-{number}" for number in (1, 2, 3)
     ]
     assert len(list((tmp_path / "cache").rglob("*.arrow"))) == len(copies)
@@ -354,7 +350,7 @@ def test_a_cache_that_cannot_be_written(folder: Path, monkeypatch: pytest.Monkey
     pq.write_table(pa.Table.from_pylist([QUESTION]), folder / "t.parquet")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "0.png"))
     with pytest.raises(UserError, match=r"Set XDG_CACHE_HOME to a folder that can be written"):
-        open_tables(folder / "t.parquet", copied_from=0)
+        open_tables(folder / "t.parquet", cached_from=0)
 
 
 # ---- meta.json ----

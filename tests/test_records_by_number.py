@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import noise_image
 
-from internvl import checks, lines, rows
+from internvl import checks, lines, rows, rowsets
 from internvl.chat import load_processor
 from internvl.checks import Ranks, find_faults
 from internvl.data import DataError, Quarantine, Row, Rows, Selection, read_rows, usable_rows
@@ -49,7 +49,7 @@ def line_by_line(content: bytes) -> list[tuple[int, bytes]]:
     ]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=14), st.integers(1, 9))
 def test_offsets_are_those_of_a_plain_reader(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[bytes], block: int
@@ -72,6 +72,10 @@ def records(number: int) -> list[dict[str, Any]]:
 def write(path: Path, found: Sequence[Any]) -> Path:
     path.write_text("".join(json.dumps(item) + "\n" for item in found))
     return path
+
+
+def quarantined(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 # ---- the cache ----
@@ -108,6 +112,31 @@ def test_offsets_are_found_once(
     assert len(open_lines(path, cached_from=0)) == 3
     assert len(list(cache.glob("*.npy"))) == 1
     assert sorted(tmp_path.iterdir()) == [path, tmp_path / "cache"]  # nothing beside the data
+
+
+def test_faults_of_a_large_file_are_found_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart puts the same rows aside with the same reasons, without reading the others."""
+    path = write(tmp_path / "a.jsonl", [*records(5), {"id": "x"}, "text", records(1)[0]])
+
+    def read(name: str) -> tuple[list[str], list[dict[str, Any]]]:
+        quarantine = Quarantine(tmp_path / name, max_bad=3)
+        found = read_rows(path, kind="question", quarantine=quarantine, cached_from=0)
+        return [one.data["id"] for one in found], quarantined(tmp_path / name)
+
+    first = read("1.jsonl")
+    assert first[0] == [f"q{n}" for n in range(5)]
+    assert [entry["line"] for entry in first[1]] == [6, 7, 8]
+    with monkeypatch.context() as patch:
+        patch.setattr(rowsets, "find_fault", None)  # it would be called for every row
+        assert read("2.jsonl") == first
+    assert len(list(cache.glob("*.faults.json"))) == 1
+    # other rules, other faults
+    monkeypatch.setattr(rowsets.records, "__file__", __file__)
+    monkeypatch.setattr(rowsets, "find_fault", lambda record, kind: None)
+    monkeypatch.setattr(rowsets, "record_key", lambda record, kind: None)
+    assert len(read_rows(path, kind="question", quarantine=Quarantine(None), cached_from=0)) == 8
 
 
 def test_small_files_are_not_cached(tmp_path: Path, cache: Path) -> None:
@@ -149,7 +178,7 @@ def test_rows_are_a_sequence(tmp_path: Path) -> None:
     wanted = [every[0], every[3], *every[1:3], *every[4:]]
     assert [one.data for one in found] == wanted
     assert [one.line for one in found] == [1, 4, 5, 6, *range(8, 14)]
-    assert [json.loads(line)["reason"] for line in open(tmp_path / "bad.jsonl")] == [
+    assert [entry["reason"] for entry in quarantined(tmp_path / "bad.jsonl")] == [
         "field 'answer' is NoneType, expected a string or a list of strings",
         "the id of line 4 again: 'q3'",
     ]
@@ -212,7 +241,7 @@ def check(path: Path, model: Path, **options: Any) -> tuple[list[str], list[int]
     found = read_rows(path, kind="question", quarantine=quarantine)
     encoder = Encoder(load_processor(str(model)), max_length=options.pop("max_length", 100))
     good = usable_rows(found, encoder, "question", quarantine, quiet=True, **options)
-    put = [json.loads(line)["line"] for line in open(aside)] if aside.exists() else []
+    put = [entry["line"] for entry in quarantined(aside)]
     return [one.data["id"] for one in good], put
 
 
