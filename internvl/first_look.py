@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from internvl.data import IMAGE_PLACEHOLDER, Row
 from internvl.errors import UserError
+from internvl.folders import require_hf_layout
+from internvl.records import VIDEO_PLACEHOLDER
 
 if TYPE_CHECKING:
     from internvl.sampler import Backend
@@ -39,8 +41,12 @@ def ask(
     pictures: images, or one video. A question without placeholders gets one for each picture put
     before it, as InternVL's own code does. Raises `UserError` for what cannot be asked.
     """
+    from transformers.utils import logging
+
     from internvl.sampler import SampleRequest, SamplingConfig, open_sampler
 
+    require_hf_layout(model)
+    logging.disable_progress_bar()  # a reply is a line or two
     config = SamplingConfig(temperature=temperature, max_tokens=max_tokens, max_tiles=max_tiles)
     row = _row(pictures, question, num_frames)
     request = SampleRequest(
@@ -68,8 +74,8 @@ def _row(pictures: Sequence[Path], question: str, num_frames: int) -> Row:
     names = [str(path.resolve()) for path in pictures]
     data: dict[str, object] = {"id": "chat", "question": question, "answer": ""}
     if videos:
-        if "<video>" not in question:
-            data["question"] = f"<video>\n{question}"
+        if VIDEO_PLACEHOLDER not in question:
+            data["question"] = f"{VIDEO_PLACEHOLDER}\n{question}"
         data |= {"video": names[0], "num_frames": num_frames}
     else:
         if IMAGE_PLACEHOLDER not in question:

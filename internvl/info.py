@@ -63,7 +63,7 @@ def count_parameters(folder: Path) -> tuple[dict[str, int], set[str]]:
 
 @dataclass(frozen=True)
 class Training:
-    """One way to train, as far as memory goes.
+    """One way to train, as far as memory goes; SFT takes what MPO takes.
 
     lora_r: rank (None: all weights). vision: the vision tower and the projector are trained, too.
     engine: a vLLM engine holds the weights once more, in bfloat16.
@@ -76,10 +76,10 @@ class Training:
 
 
 TRAININGS = (
-    Training("SFT or MPO, all weights"),
-    Training("SFT or MPO, LoRA r=16", lora_r=16, vision=False),
-    Training("GSPO, vision frozen", vision=False, engine=True),
-    Training("GSPO, LoRA r=16", lora_r=16, vision=False, engine=True),
+    Training("MPO"),
+    Training("MPO, LoRA", lora_r=16, vision=False),
+    Training("GSPO", vision=False, engine=True),
+    Training("GSPO, LoRA", lora_r=16, vision=False, engine=True),
 )
 
 
@@ -225,12 +225,14 @@ def read_config(folder: Path) -> tuple[InternVLConfig, str]:
     """
     from transformers import InternVLConfig
 
-    from internvl.convert import hf_config
+    from internvl.published import chat_is_tied, hf_config
 
     raw = read_config_json(folder)
     if raw["model_type"] == HF_TYPE:
         return InternVLConfig.from_dict(raw), "hf"
-    return InternVLConfig.from_dict(hf_config(folder, raw)), "chat"
+    # the ids are the tokenizer's business, and nothing here depends on them
+    ids = {"image_token_id": 0, "eos_id": 0, "pad_id": 0}
+    return InternVLConfig.from_dict(hf_config(raw, tied=chat_is_tied(raw), **ids)), "chat"
 
 
 _LAYOUTS = {
@@ -285,27 +287,27 @@ def _print_memory(config: InternVLConfig, parameters: dict[str, int], tokens: in
     tiles = max(1, tokens // (2 * config.image_seq_length))
     rows = []
     for training in TRAININGS:
-        for checkpointing in (True, False):
-            need = estimate_memory(
-                config,
-                parameters,
-                training,
-                tokens=tokens,
-                tiles=tiles,
-                checkpointing=checkpointing,
+        need, without = (
+            estimate_memory(
+                config, parameters, training, tokens=tokens, tiles=tiles, checkpointing=kind
             )
-            state = need.weights + need.gradients + need.optimizer
-            name = training.name + ("" if checkpointing else ", no checkpointing")
-            work = need.activations + need.logits
-            numbers = (state, work, need.engine, need.total)
-            rows.append((name, *(f"{number / GIB:,.1f}" for number in numbers)))
-    title = (
-        f"Memory in GiB on one device, unsharded: AdamW, bfloat16 autocast, micro-batches of "
-        f"{tokens:,} tokens with {tiles} tiles (an estimate; gradient checkpointing unless it says "
-        "no; the engine's KV cache comes on top)"
+            for kind in (True, False)
+        )
+        numbers = (
+            need.weights + need.gradients + need.optimizer,
+            need.engine,
+            need.activations + need.logits,
+            need.total,
+            without.total,
+        )
+        rows.append((training.name, *(f"{number / GIB:,.1f}" for number in numbers)))
+    columns = ("training", "state", "engine", "activations", "in all", "no checkpointing")
+    print_table("Memory of training on one device, in GiB", rows, columns, right=range(1, 6))
+    print(
+        f"An estimate: unsharded, AdamW, bfloat16 autocast, micro-batches of {tokens:,} tokens and "
+        f"{tiles:,} tiles,\ngradient checkpointing. SFT is like MPO; LoRA: rank 16 on the language "
+        "model; GSPO: vision frozen,\nthe engine in the same process (its KV cache comes on top)."
     )
-    columns = ("training", "weights + state", "activations", "engine", "in all")
-    print_table(title, rows, columns, right=(1, 2, 3, 4))
 
 
 def _count(number: int) -> str:
