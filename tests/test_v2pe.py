@@ -200,10 +200,14 @@ def test_rotary_code_takes_fractions_unrounded(kind: str, rope: str) -> None:
         rope_parameters=parameters,
     )
     rotary = module(made)
-    positions = torch.tensor([[0.25, 1000 + 1 / 256, 4000.5]])
+    # the last one is beyond the context, where a dynamic base goes by the position
+    positions = torch.tensor([[0.25, 1000 + 1 / 256, 5000.5]])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cos, _ = rotary(torch.zeros(1, 3, 64), positions)
     angles = positions[0].double()[:, None] * rotary.inv_freq.double()
+    if rope == "dynamic":
+        base = 1e4 * (2.0 * 5001.5 / 4096 - 1.0) ** (16 / 14)
+        assert float(rotary.inv_freq[1]) == pytest.approx(base ** (-2 / 16), rel=1e-6)
     expected = angles.cos() * rotary.attention_scaling
     assert (cos[0, :, :8].double() - expected).abs().max() < 3e-4  # float32 at an angle of 4,000
     step = (rotary(torch.zeros(1, 3, 64), positions + 1 / 256)[0] - cos).abs().max()

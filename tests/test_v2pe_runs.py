@@ -29,7 +29,10 @@ from internvl.errors import UserError
 from internvl.packing import pack
 from internvl.positions import checkpoint_step
 from internvl.sampler import open_sampler
+from rewards import Outcome, Verdict
 from rl.__main__ import main as rl_main
+from sft.config import SFTConfig
+from training.cli import ModelArguments, parse_config
 
 STEPS = [1.0, 0.5, 0.25, 1 / 256]
 
@@ -99,6 +102,43 @@ def test_the_checkpoint_says_its_step(
     # the next stage goes on with it unless it is told otherwise
     following = make_trainer("sft", tmp_path / "out", tmp_path / "next", rows, Recorded())
     assert following.encoder.position_steps == (written or 1.0,)
+
+
+def test_steps_from_a_file_and_from_flags(tmp_path: Path) -> None:
+    file = tmp_path / "sft.yaml"
+    file.write_text("model_name_or_path: m\ntrain_file: t\nposition_steps: [1, 0.00390625]\n")
+    words = ["--config", str(file), "--use_cpu", "true", "--inference_position_step", "1"]
+    args, _ = parse_config([SFTConfig, ModelArguments], "sft", words)
+    assert (args.position_steps, args.inference_position_step) == ([1, 1 / 256], 1.0)
+    args, _ = parse_config([SFTConfig, ModelArguments], "sft", [*words, "--position_steps", "1"])
+    assert args.position_steps == [1.0]
+    file.write_text("model_name_or_path: m\ntrain_file: t\nposition_steps: 0.5\n")
+    with pytest.raises(UserError, match=r"position_steps is 0\.5; expected a list"):
+        parse_config([SFTConfig, ModelArguments], "sft", words)
+
+
+def test_online_with_the_transformers_sampler(
+    stepped_model: Path, images: Path, tmp_path: Path
+) -> None:
+    """Sampler and trainer stand at the same positions, before and after an update."""
+
+    def judge(text: str, *args: Any, **kwargs: Any) -> Verdict:
+        right = len(text) % 2 == 0  # so that groups have a spread
+        outcome = Outcome.CORRECT if right else Outcome.WRONG
+        return Verdict(outcome, "5", "number", float(right), True)
+
+    given = {"num_generations": 4, "max_completion_length": 8, "max_logprob_gap": 1e-4}
+    rows = questions(images, ["mixed"] * 4)
+    trainer = make_trainer(
+        *("rl", stepped_model, tmp_path / "out", rows, Recorded()),
+        **{**given, "max_steps": 2, "steps_per_generation": 1, "per_device_train_batch_size": 4},
+    )
+    trainer.sampler = trainer.maker.sampler = open_sampler(stepped_model, backend="transformers")
+    trainer.maker.judge = judge
+    trainer.train()
+    first, second = trainer.state.log_history[:2]
+    assert first["grad_norm"] > 0 and second["grad_norm"] > 0
+    assert max(first["sampling/logprob_gap_max"], second["sampling/logprob_gap_max"]) < 1e-5
 
 
 # ---------------------------------------------------------------- refusals
