@@ -45,12 +45,12 @@ def test_there_and_back(
     assert (tmp_path / "chat" / "config.json").read_bytes() == (
         published / "config.json"
     ).read_bytes()
+    load_model(tmp_path / "hf")
     told = capsys.readouterr().out.splitlines()
     assert told == [
         f"{tmp_path}/hf: written in the hf layout",
         f"{tmp_path}/chat: written in the chat layout",
     ]
-    load_model(tmp_path / "hf")
     again = fails(capsys, "convert", published, tmp_path / "hf", "--to", "hf")
     assert again == f"{tmp_path}/hf: is not empty; give a new folder, or remove it first"
 
