@@ -189,12 +189,11 @@ def published_processor(
     side = config["vision_config"].get("image_size", 448)
     height = side if isinstance(side, int) else side[0]
     needed = {
-        "image_mean": IMAGE_MEAN,
-        "image_std": IMAGE_STD,
-        "size": {"height": height, "width": height},
+        "image_mean": (list(images.image_mean), IMAGE_MEAN),
+        "image_std": (list(images.image_std), IMAGE_STD),
+        "size": (dict(images.size), {"height": height, "width": height}),
     }
-    for key, value in needed.items():
-        found = dict(images.size) if key == "size" else list(vars(images)[key])
+    for key, (found, value) in needed.items():
         if found != value:
             raise UserError(
                 f"{source}: the image processor's {key} is {found}; the published code has {value}"

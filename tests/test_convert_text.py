@@ -1,0 +1,213 @@
+"""What a converted processor makes of a conversation: the published prompt, token for token.
+
+The literal prompts are what `Conversation.get_prompt` of the published conversation.py builds from
+the same turns; ids are judged by transformers' own tokenizer class on the published files, and for
+InternLM2 by sentencepiece itself.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from published import FAMILIES, make_published
+from published_tokenizers import TEXTS
+
+from internvl.chat import encode_prompt, load_processor
+from internvl.convert import convert
+
+SYSTEM_2 = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的"
+    "人工智能助手。"
+)
+SYSTEM_2_5 = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的"
+    "多模态大语言模型。"
+)
+# system + question + answer + question, as each template writes them
+PROMPTS = {
+    "internvl2_5": (
+        f"<|im_start|>system\n{SYSTEM_2_5}<|im_end|>\n"
+        "<|im_start|>user\n<image>\nHow many?<|im_end|>\n"
+        "<|im_start|>assistant\nSeven.<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    ),
+    "internlm2-chat": (
+        f"<|im_start|>system\n{SYSTEM_2}<|im_end|><|im_start|>user\n<image>\nHow many?<|im_end|>"
+        "<|im_start|>assistant\nSeven.<|im_end|><|im_start|>user\nSure?<|im_end|>"
+        "<|im_start|>assistant\n"
+    ),
+}
+PROMPTS["Hermes-2"] = PROMPTS["internlm2-chat"]
+BOS = {"internlm2": "<s>", "llama": "<|begin_of_text|>"}
+
+Tokenize = Callable[[str], list[int]]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Every family, published and converted; not to be written to."""
+    root = tmp_path_factory.mktemp("families")
+    made = {}
+    for family in FAMILIES:
+        made[family] = (root / family, root / f"{family}-hf")
+        make_published(made[family][0], family)
+        convert(*made[family], to="hf", progress=False)
+    return made
+
+
+def published_tokenizer(folder: Path, scratch: Path) -> Tokenize:
+    """Text to ids as the published code does it: with the bos token where there is one."""
+    if (folder / "tokenizer.model").exists():
+        return sentencepiece_tokenizer(folder)
+    from transformers import AutoTokenizer
+
+    scratch.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, scratch)
+    tokenizer: Any = AutoTokenizer.from_pretrained(scratch)
+    return lambda text: list(tokenizer(text)["input_ids"])
+
+
+def sentencepiece_tokenizer(folder: Path) -> Tokenize:
+    """InternLM2's: special tokens first, what is between them by sentencepiece."""
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    added = {
+        entry["content"]: int(index) for index, entry in settings["added_tokens_decoder"].items()
+    }
+    longest_first = sorted(added, key=len, reverse=True)
+    pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    def tokenize(text: str) -> list[int]:
+        ids = [1]
+        for piece in filter(None, pattern.split(text)):
+            ids += [added[piece]] if piece in added else model.encode(piece)
+        return ids
+
+    return tokenize
+
+
+def random_texts() -> list[str]:
+    """Pieces of the training texts and of everything else, special tokens between them."""
+    rng = random.Random(0)  # of the standard library: text, not numbers
+    words = [
+        *" ".join(TEXTS).split(" "),
+        "",
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "😀",
+        "é",
+        "\u3000",
+        "żółw",
+        "<img>",
+        "</img>",
+        "<IMG_CONTEXT>",
+        "<|im_end|>",
+        "[UNUSED_TOKEN_5]",
+        "\x00",
+    ]
+    return [
+        "".join(rng.choice(words) + rng.choice(["", " ", "\n"]) for _ in range(12))
+        for _ in range(200)
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_are_the_published_tokenizers(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path, family: str
+) -> None:
+    chat, hf = folders[family]
+    published = published_tokenizer(chat, tmp_path / "tokenizer")
+    tokenizer: Any = load_processor(str(hf)).tokenizer
+    bos = tokenizer(BOS[family])["input_ids"] if family in BOS else []
+    assert len(bos) == (family in BOS)
+    for text in [*TEXTS, *random_texts()]:
+        ids = tokenizer(text)["input_ids"]
+        assert bos + ids == published(text), repr(text)
+        assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_the_published_ones(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path, family: str
+) -> None:
+    chat, hf = folders[family]
+    literal = PROMPTS[FAMILIES[family].template]
+    bos = BOS.get(family, "")
+    processor = load_processor(str(hf))
+    image, text = {"type": "image"}, {"type": "text", "text": "How many?"}
+    turns = [
+        {"role": "user", "content": [image, text]},
+        {"role": "assistant", "content": "Seven."},
+        {"role": "user", "content": "Sure?"},
+    ]
+    rendered = processor.apply_chat_template(turns, add_generation_prompt=True)
+    assert rendered == bos + literal.replace("<image>", "<IMG_CONTEXT>")
+    # a system prompt of the user's own stands where the published code's would
+    own = [{"role": "system", "content": "Think first."}, turns[2]]
+    system = SYSTEM_2_5 if SYSTEM_2_5 in literal else SYSTEM_2
+    opening = literal[: literal.index("user\n")].replace(system, "Think first.")
+    ending = literal[literal.rindex("<|im_end|>") :]
+    rendered = processor.apply_chat_template(own, add_generation_prompt=True)
+    assert rendered == f"{bos}{opening}user\nSure?{ending}"
+    # ids: the published code's, where each image is <img>, 4 tokens a tile, </img>
+    published = published_tokenizer(chat, tmp_path / "tokenizer")
+    prompt = encode_prompt(processor, "<image>\nHow many?", [Image.new("RGB", (112, 56))], 6)
+    expanded = "<img>" + "<IMG_CONTEXT>" * 12 + "</img>"
+    single = literal[: literal.index("Seven.")].replace("<image>", expanded)
+    assert prompt.ids == published(single)
+    assert prompt.tiles.shape == (3, 3, 56, 56)
+
+
+def test_a_config_may_bring_its_own_system_message(tmp_path: Path) -> None:
+    message = "It's a 'test' \\ of\nquotes."
+    make_published(tmp_path / "chat", "qwen2", changes={"system_message": message})
+    convert(tmp_path / "chat", tmp_path / "hf", to="hf", progress=False)
+    processor = load_processor(str(tmp_path / "hf"))
+    rendered = processor.apply_chat_template([{"role": "user", "content": "Hi"}])
+    assert rendered.startswith(f"<|im_start|>system\n{message}<|im_end|>\n<|im_start|>user\n")
+
+
+def test_settings_of_the_processor_come_from_the_config(tmp_path: Path) -> None:
+    changes = {"min_dynamic_patch": 2, "max_dynamic_patch": 9}
+    make_published(tmp_path / "chat", "internlm2", changes=changes)
+    convert(tmp_path / "chat", tmp_path / "hf", to="hf", progress=False)
+    processor: Any = load_processor(str(tmp_path / "hf"))
+    images, videos, tokenizer = (
+        processor.image_processor,
+        processor.video_processor,
+        processor.tokenizer,
+    )
+    assert (images.min_patches, images.max_patches, images.crop_to_patches) == (2, 9, True)
+    for part in (images, videos):
+        assert dict(part.size) == {"height": 56, "width": 56}
+        assert list(part.image_mean) == [0.485, 0.456, 0.406]
+        assert list(part.image_std) == [0.229, 0.224, 0.225]
+    assert type(images).__name__ == "GotOcr2ImageProcessor"
+    assert type(videos).__name__ == "InternVLVideoProcessor"
+    assert processor.image_seq_length == 4
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == (
+        "<|im_end|>",
+        "</s>",
+        "<s>",
+    )
+    assert (processor.start_image_token, processor.end_image_token) == ("<img>", "</img>")
+    assert (processor.image_token, processor.video_token) == ("<IMG_CONTEXT>", "<video>")
+    settings = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["eos_token_id"] == config["text_config"]["eos_token_id"] == tokenizer.eos_token_id
+    assert config["image_token_id"] == tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
