@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from published_tokenizers import TOKENIZERS, write_json
+from torch import Tensor
 
 _DYNAMIC = {"factor": 2.0, "type": "dynamic"}
 
