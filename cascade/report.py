@@ -13,7 +13,8 @@ It reads (`collect`) what the stages left in the run's folder and turns it into 
     stages/pairs/pairs.jsonl          preference pairs
     stages/{pairs,select}/verdicts.jsonl   offline rollouts, judged
     *.yaml                            the recipe
-    stages/<stage>/config.resolved.json   every option as it was used
+    stages/<stage>/config.resolved.json   every option as it was used, the tile budget among them
+    stages/<stage>/config.json        the model's own: the side of a tile
 
 Completions are untrusted text: jinja2 escapes everything, and the page's own content policy
 forbids scripts and every request to a network.
