@@ -72,6 +72,8 @@ class Row:
 
         Raises `DataError` with the path and the reason, also for a path that leaves the root.
         """
+        if self.fault is not None:
+            raise DataError(self.fault)
         video = self.video_source()
         paths = [source for source in self.image_sources() if isinstance(source, Path)]
         for path in paths if video is None else [video]:
@@ -145,8 +147,6 @@ def path_fault(path: Path, root: Path) -> str | None:
 
 def image_fault(row: Row) -> str | None:
     """Why the images or the video of a row cannot be used, or None; decodes all of it."""
-    if row.fault is not None:
-        return row.fault
     try:
         row.load_images()
     except DataError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,30 @@ class ScoredPair:
     row: Row
     ref_chosen_logps: float
     ref_rejected_logps: float
+
+
+class ScoredPairs(Sequence[ScoredPair]):
+    """Pairs with the reference's [rows, 2] log-probabilities; each row is read when asked for."""
+
+    def __init__(self, rows: Sequence[Row], values: Tensor):
+        assert len(rows) == len(values)
+        self._rows = rows
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> ScoredPair: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> ScoredPairs: ...
+
+    def __getitem__(self, index: int | slice) -> ScoredPair | ScoredPairs:
+        if isinstance(index, slice):
+            return ScoredPairs(self._rows[index], self._values[index])
+        chosen, rejected = self._values[index].tolist()
+        return ScoredPair(self._rows[index], chosen, rejected)
 
 
 class MPOTrainer(PackedTrainer):
@@ -73,7 +97,7 @@ class MPOTrainer(PackedTrainer):
     # ---- the reference ----
 
     @torch.no_grad()
-    def _with_reference(self, rows: Sequence[Row], name: str) -> list[ScoredPair]:
+    def _with_reference(self, rows: Sequence[Row], name: str) -> ScoredPairs:
         """The rows with the reference's log-probabilities, from the cache or by one pass."""
         model = self.accelerator.unwrap_model(self.model)
         settings: dict[str, object] = {
@@ -108,8 +132,7 @@ class MPOTrainer(PackedTrainer):
             )
             if self.is_world_process_zero():
                 save_reference(path, key, values)
-        pairs = zip(rows, values.tolist(), strict=True)
-        return [ScoredPair(row, chosen, rejected) for row, (chosen, rejected) in pairs]
+        return ScoredPairs(rows, values)
 
     def _completion_logps(self, model: nn.Module, batch: PackedBatch) -> Tensor:
         batch = batch.on(self.args.device)

@@ -45,7 +45,10 @@ def main() -> None:
     trainer = SFTTrainer(
         model=stage.model,
         args=args,
-        train_dataset=stage.rows(args.train_file, "conversation"),
+        train_dataset=stage.rows(
+            *(args.train_file, "conversation"),
+            checked=args.check_rows == "before",
+        ),
         eval_dataset=stage.rows(args.eval_file, "conversation") if args.eval_file else None,
         processing_class=stage.processor,
         peft_config=peft_config(model_args),

@@ -19,6 +19,15 @@ class SFTConfig(PackedTrainingArguments):
     eval_file: str | None = field(
         default=None, metadata={"help": "Held-out conversations, for eval_steps."}
     )
+    check_rows: str = field(
+        default="before",
+        metadata={
+            "help": "'before': every image is decoded and every length counted before the first "
+            "step. 'when_used', for data too large for that: training begins at once, and a bad "
+            "row is put aside in quarantine.used.jsonl when its turn comes (it leaves the batch "
+            "smaller); max_bad then goes by the rows seen so far."
+        },
+    )
     loss_average: str = field(
         default="square",
         metadata={"help": "Weight of a token: 'token', 'sample' or 'square' (InternVL 2.5)."},
@@ -39,6 +48,8 @@ class SFTConfig(PackedTrainingArguments):
         """Check the options that belong together."""
         if not self.train_file:
             raise UserError("train_file is missing: the JSONL (or meta.json) of conversations")
+        if self.check_rows not in ("before", "when_used"):
+            raise UserError(f"check_rows is {self.check_rows!r}; it is 'before' or 'when_used'")
         if self.loss_average not in EXPONENTS:
             raise UserError(f"loss_average {self.loss_average!r} is not one of {list(EXPONENTS)}")
         if self.stop_gold_probability is not None:

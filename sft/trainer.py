@@ -14,6 +14,7 @@ from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
 from sft.config import SFTConfig
 from sft.losses import sft_loss, total_weight
+from training.late_checks import LateChecks, late_quarantine
 from training.metrics import Metrics
 from training.trainer import PackedTrainer
 
@@ -87,6 +88,13 @@ class SFTTrainer(PackedTrainer):
         super().__init__(*args, **kwargs)
         self._schedule: CooldownSchedule | None = None
         config = self.sft_args
+        if config.check_rows == "when_used":
+            self.late_checks = LateChecks(
+                late_quarantine(config),
+                config.max_bad,
+                rank=config.process_index,
+                device=config.device,
+            )
         if config.stop_gold_probability is not None:
             self._schedule = CooldownSchedule(
                 config.get_warmup_steps(config.max_steps), config.cooldown_steps
@@ -118,12 +126,21 @@ class SFTTrainer(PackedTrainer):
             batch.completion_of_token,
             batch.lengths,
             self.sft_args.loss_average,
-            counts["weight"],
+            counts["weight"] or 1.0,  # 0: every row of the step was bad, and there is no term
         )
         metrics = Metrics()
         metrics.mean("mean_token_logprob", scores.logprobs)
         metrics.mean("gold_probability", batch.sum_by_completion(scores.logprobs.detach()).exp())
         return loss, metrics
+
+    def stage_state(self) -> dict[str, Any]:
+        """How many rows were looked at, where they are checked when they are used."""
+        return {} if self.late_checks is None else {"rows_seen": self.late_checks.seen}
+
+    def load_stage_state(self, state: dict[str, Any]) -> None:
+        """Go on with that count."""
+        if self.late_checks is not None:
+            self.late_checks.seen = state.get("rows_seen", 0)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The adaptive schedule where a stop by probability was asked for, else transformers'."""

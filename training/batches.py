@@ -10,12 +10,14 @@ empty on a rank (accelerate's even_batches=True repeats rows; False hangs).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from internvl.data import Row
+from internvl.errors import DataError
 from internvl.packing import Example, PackedBatch, pack, plan_microbatches
 
 STEP_BATCH = "step"  # the one key of the dict that Trainer hands to training_step
@@ -26,11 +28,22 @@ class StepBatch:
     """What one rank does in one optimizer step.
 
     microbatches: on the CPU, tiles as uint8. counts: this rank's own totals, by which the stage's
-    loss is normalised once they are summed over the ranks.
+    loss is normalised once they are summed over the ranks. rows, bad: how many rows were looked at,
+    and those that cannot be used, where rows are checked when they are used.
     """
 
     microbatches: list[PackedBatch]
     counts: dict[str, float]
+    rows: int = 0
+    bad: list[BadRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used, and why."""
+
+    row: Row
+    reason: str
 
 
 class StepSampler(Sampler[list[int]]):
@@ -55,14 +68,14 @@ class StepSampler(Sampler[list[int]]):
         return -(-self.length // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = list(range(self.length))
+        order: Any = range(self.length)
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.length, generator=generator).tolist()
+            order = torch.randperm(self.length, generator=generator).numpy()
         for step in range(len(self)):
             start = (step * self.world_size + self.rank) * self.batch_size
             stop = min(start + self.batch_size, self.length)
-            yield order[start:stop] if start < stop else []
+            yield [int(index) for index in order[start:stop]] if start < stop else []
 
 
 class StepLoader(DataLoader[Any]):
@@ -79,15 +92,36 @@ class StepCollator:
     """Rows to a `StepBatch`, in the data loader's worker.
 
     encode: a row to its Example. count: examples to the totals that the loss is normalised by.
+    longest: rows are checked here, and this many tokens are allowed (None: they were checked
+    before, and an error is one).
     """
 
     encode: Callable[[Any], Example]
     count: Callable[[Sequence[Example]], dict[str, float]]
     max_tokens: int
     max_tiles: int | None
+    longest: int | None = None
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, StepBatch]:
-        return {STEP_BATCH: self.batch([self.encode(row) for row in rows])}
+        if self.longest is None:
+            return {STEP_BATCH: self.batch([self.encode(row) for row in rows])}
+        examples, bad = [], []
+        for row in rows:
+            try:
+                examples.append(self._checked(row, self.longest))
+            except DataError as error:
+                bad.append(BadRow(row, str(error)))
+        step = self.batch(examples)
+        step.rows, step.bad = len(rows), bad
+        return {STEP_BATCH: step}
+
+    def _checked(self, row: Row, longest: int) -> Example:
+        if row.fault is not None:
+            raise DataError(row.fault)
+        example = self.encode(row)
+        if example.num_tokens > longest:
+            raise DataError(f"{example.num_tokens} tokens, over max_length {longest} (never cut)")
+        return example
 
     def batch(self, examples: Sequence[Example]) -> StepBatch:
         """Examples that are encoded already, packed."""

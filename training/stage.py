@@ -49,18 +49,25 @@ class Stage:
         *,
         room: int = 0,
         record_fault: RecordFault | None = None,
+        checked: bool = True,
     ) -> Sequence[Row]:
         """The usable rows of a file; the others go to the quarantine with their reason.
 
-        room, record_fault: see `usable_rows`. `max_bad` holds for each file.
+        room, record_fault: see `usable_rows`. `max_bad` holds for each file. checked: False leaves
+        all checks to the trainer (`LateChecks`).
         """
         first = self.args.process_index == 0
         # one process writes; the others find the same rows and only count them
         quarantine = Quarantine(self.quarantine_file if first else None, self.args.max_bad)
         root = Path(self.args.image_root) if self.args.image_root else None
         quiet = bool(self.args.disable_tqdm) or not first
+        rows = read_rows(
+            file, kind=kind, quarantine=quarantine, image_root=root, checked=checked, quiet=quiet
+        )
+        if not checked:
+            return rows
         good = usable_rows(
-            read_rows(file, kind=kind, quarantine=quarantine, image_root=root, quiet=quiet),
+            rows,
             self.encoder,
             kind,
             quarantine,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from training import refusals
 from training.arguments import PackedTrainingArguments
 from training.batches import STEP_BATCH, StepBatch, StepCollator, StepLoader, StepSampler
 from training.encoders import make_encoder, set_checkpoint_step
+from training.late_checks import LateChecks
 from training.metrics import Metrics, sum_over_ranks
 from training.progress import StageProgress
 from training.resuming import ResumableTrainer
@@ -53,6 +55,7 @@ class PackedTrainer(ResumableTrainer):
     token_value_names: tuple[str, ...] = ()
     # the metrics on the progress bar
     progress_metrics: tuple[str, ...] = ("loss",)
+    late_checks: LateChecks | None = None  # where rows are checked when they are used
 
     def __init__(
         self,
@@ -133,7 +136,9 @@ class PackedTrainer(ResumableTrainer):
             self.encode, self.count, args.max_tokens_per_microbatch, args.max_tiles_per_microbatch
         )
 
-    def _step_loader(self, rows: Any, batch_size: int, shuffle: bool) -> StepLoader:
+    def _step_loader(
+        self, rows: Any, batch_size: int, shuffle: bool, collator: StepCollator
+    ) -> StepLoader:
         sampler = StepSampler(
             len(rows),
             batch_size,
@@ -145,7 +150,7 @@ class PackedTrainer(ResumableTrainer):
         return StepLoader(
             rows,
             batch_sampler=sampler,
-            collate_fn=self.collator,
+            collate_fn=collator,
             num_workers=self.args.dataloader_num_workers,
             # the collator holds the trainer, which other start methods would have to pickle
             multiprocessing_context=(self.args.dataloader_multiprocessing_context or "fork")
@@ -158,14 +163,18 @@ class PackedTrainer(ResumableTrainer):
         """Our own shares of each step; not passed through accelerate, which would reshard it."""
         if self.train_dataset is None:
             raise UserError("training needs a train_dataset")
-        return self._step_loader(self.train_dataset, self.args.per_device_train_batch_size, True)
+        collator = self.collator
+        if self.late_checks is not None:
+            collator = replace(collator, longest=self.encoder.max_length)
+        size = self.args.per_device_train_batch_size
+        return self._step_loader(self.train_dataset, size, True, collator)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The evaluation rows in order, shared over the ranks."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise UserError("evaluation needs an eval_dataset")
-        return self._step_loader(rows, self.args.per_device_eval_batch_size, False)
+        return self._step_loader(rows, self.args.per_device_eval_batch_size, False, self.collator)
 
     # ---- the step ----
 
@@ -215,6 +224,8 @@ class PackedTrainer(ResumableTrainer):
     ) -> Tensor:
         """Forward and backward of one optimizer step; returns the global loss on every rank."""
         step: StepBatch = inputs[STEP_BATCH]
+        if self.late_checks is not None:
+            self.late_checks.look(step)
         model.train()
         counts = sum_over_ranks(step.counts, self.args.device)
         gradient_state = self.accelerator.gradient_state
