@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from plain import noise_image
+from published import FAMILIES, make_published
 
 from internvl.chat import (
     cut_tiles,
@@ -25,6 +26,7 @@ from internvl.chat import (
 from internvl.data import Kind, Row
 from internvl.encoding import Encoder
 from internvl.errors import DataError
+from internvl.processors import make_processor
 from internvl.sampler import SampleRequest, SamplingConfig, open_sampler
 
 THINKING = "You are an AI assistant. Put your thoughts into <think> </think>."
@@ -161,6 +163,31 @@ def test_a_tokenizer_that_puts_a_space_before_texts(tiny_model: Path, scheme: st
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert encode_messages(processor, messages, [], generate=True).ids == ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_published_tokenizer(tmp_path: Path, family: str) -> None:
+    """Ids are the processor's own, and what precedes a reply is the prompt that a sampler gets."""
+    config = make_published(tmp_path / family, family)
+    processor: Any = make_processor(tmp_path / family, config)
+    boxed = processor.tokenizer("<box>[[1]]</box>", add_special_tokens=False)["input_ids"]
+    assert decode_completion(processor, boxed).strip() == "<box>[[1]]</box>"
+    thoughts, plain = (
+        CONVERSATION,
+        [
+            {**m, "content": m["content"].removeprefix("<think>")}
+            if m["role"] == "assistant"
+            else m
+            for m in CONVERSATION
+        ],
+    )
+    counts = cut_tiles(processor, images_of(plain), 12)[1]
+    theirs = by_the_processor(processor, plain, 4, False)["input_ids"][0].tolist()
+    assert encode_messages(processor, plain, counts).ids == theirs
+    # InternLM2 has a token "\n<": a reply that begins with "<" must not reach into the prompt
+    whole = encode_messages(processor, thoughts, counts).ids
+    prompt = encode_messages(processor, thoughts[:2], counts[:1], generate=True).ids
+    assert whole[: len(prompt)] == prompt
 
 
 # ---------------------------------------------------------------- control tokens in text
