@@ -57,12 +57,12 @@ def _evaluate(args: argparse.Namespace) -> None:
     rows = read_rows(
         args.questions, kind="question", quarantine=quarantine, image_root=args.image_root
     )
-    rows = check_images(rows, quarantine=quarantine, record_fault=request_fault)
+    good = check_images(rows, quarantine=quarantine, record_fault=request_fault)
     count = dict(_named_text(item) for item in args.count)
     config = EvaluationConfig(args.samples, args.max_tokens, args.max_tiles, args.seed, count)
     sampler = open_sampler(args.model, backend=args.backend, seed=args.seed, dtype=args.dtype)
     try:
-        metrics = evaluate(rows, sampler, config, model=args.model, output=args.output)
+        metrics = evaluate(good, sampler, config, model=args.model, output=args.output)
     finally:
         sampler.close()
     for key, value in metrics.items():
@@ -84,13 +84,17 @@ def _report(args: argparse.Namespace) -> None:
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("questions", type=Path, help="JSONL of questions with answers")
+    add(
+        "questions",
+        type=Path,
+        help="questions with answers: JSONL, parquet, saved data set or meta.json",
+    )
     add("--model", required=True, metavar="CKPT", help="checkpoint folder")
     add("--output", type=Path, required=True, metavar="DIR", help="for metrics and predictions")
     add("--image-root", type=Path, metavar="DIR", help="where image paths start")
     add("--samples", type=int, default=2, help="completions a question at temperature 1")
     add("--max-tokens", type=int, default=1024, help="of a completion")
-    add("--max-tiles", type=int, default=12, help="tile budget of a question")
+    add("--max-tiles", type=int, default=12, help="tile budget of a question whose data names none")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--count", action="append", default=[], metavar="NAME=TEXT",
         help="also report the share of samples that hold TEXT, as NAME")  # fmt: skip

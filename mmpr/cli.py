@@ -26,6 +26,11 @@ folder or to --image-root, "answer" may be a list of right answers:
 
   {"id": "q7", "image": "7.png", "question": "<image>\\nHow many bars are red?", "answer": "3"}
 
+Everything that is read may also be parquet (a file, 'folder/train-*.parquet', a folder), a folder
+made by datasets.save_to_disk, or a meta.json of several data sets. Images that are bytes there are
+written as they are into images/ beside the rollouts, which hold their paths. A data set of the
+Hugging Face hub is downloaded first: hf download NAME --repo-type dataset --local-dir DIR.
+
 Rows that cannot be used are put aside with file, line and reason (--quarantine; by default beside
 the output), and more of them than --max-bad stop the command.
 `mmpr COMMAND --help` tells the rest. An error is one line, with exit code 2."""
@@ -52,7 +57,7 @@ def _add_common(parser: argparse.ArgumentParser, *, output: str | None) -> None:
 
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("questions", type=Path, help="JSONL of questions")
+    parser.add_argument("questions", type=Path, help="JSONL, parquet, saved data set or meta.json")
     parser.add_argument("--model", required=True, metavar="CKPT", help="checkpoint folder")
     _add_common(parser, output="rollouts")
     add = parser.add_argument
@@ -63,7 +68,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=1.0, help="(default: %(default)s, off)")
     add("--top-k", type=int, default=0, help="(default: %(default)s, off)")
     add("--max-tokens", type=int, default=1024, help="of a completion (default: %(default)s)")
-    add("--max-tiles", type=int, default=12, help="448-pixel tiles a question (default: 12)")
+    add("--max-tiles", type=int, default=12, help="of a prompt whose data name none (default: 12)")
     add("--seed", type=int, default=0, help="each question's own seed is drawn from it")
     add("--backend", choices=("auto", "vllm", "transformers"), default="auto", help="the sampler")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
@@ -79,7 +84,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_pair(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("verdicts", type=Path, help="JSONL of verdicts")
+    parser.add_argument("verdicts", type=Path, help="the verdicts, in any format")
     _add_common(parser, output="pairs")
     add = parser.add_argument
     add("--meta", type=Path, metavar="FILE", help="meta.json to enter the data set in")
@@ -102,7 +107,7 @@ def _add_pair(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rollouts", type=Path, help="JSONL of rollouts")
+    parser.add_argument("rollouts", type=Path, help="the rollouts, in any format")
     _add_common(parser, output="verdicts")
     parser.add_argument(
         "--style",
@@ -113,7 +118,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_select(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("verdicts", type=Path, help="JSONL of verdicts")
+    parser.add_argument("verdicts", type=Path, help="the verdicts, in any format")
     _add_common(parser, output="questions")
     parser.add_argument("--min-accuracy", type=float, default=0.2, help="(default: %(default)s)")
     parser.add_argument("--max-accuracy", type=float, default=0.8, help="(default: %(default)s)")

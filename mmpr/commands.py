@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internvl.data import Quarantine, Row, input_folder, read_rows, write_json, write_jsonl
+from internvl.data import (
+    Quarantine,
+    Row,
+    input_folder,
+    portable_record,
+    read_rows,
+    write_json,
+    write_jsonl,
+)
 from internvl.errors import DataError, UserError
 from mmpr.groups import usable_verdicts
 from mmpr.pairs import PairConfig, PairReport, build_pairs
@@ -124,6 +132,10 @@ def run_sample(args: argparse.Namespace) -> None:
     finally:
         sampler.close()
     _print_sample(args.output, report, config)
+    first = next((row for row in rows[:1000] if row.images), None)
+    if first is not None:
+        record = portable_record(first, args.output, root, write=False)
+        _tell_image_root(record["image"], args.output)
     _tell_bad(quarantine)
 
 
@@ -262,13 +274,13 @@ def run_select(args: argparse.Namespace) -> None:
     write_jsonl(args.output, selected)
     write_json(_beside(args.output, ".stats.json"), report.as_dict())
     _print_select(args, report)
-    _tell_image_root(rows, args.output)
+    _tell_image_root(next((row.data["image"] for row in rows if row.images), None), args.output)
     _tell_bad(quarantine)
 
 
-def _tell_image_root(rows: Sequence[Row], output: Path) -> None:
+def _tell_image_root(image: str | list[str] | None, output: Path) -> None:
     """Say so when the images, whose paths stay as they were, do not lie beside the output."""
-    name = next((name for row in rows for name in row.images if isinstance(name, str)), None)
+    name = image[0] if isinstance(image, list) else image
     if name is not None and not (output.parent / name).is_file():
         print(
             f"image paths are as in the questions ({name}) and do not start from "

@@ -13,7 +13,9 @@ from training.arguments import PackedTrainingArguments
 class MPOConfig(PackedTrainingArguments):
     """Options of mixed preference optimisation; see PackedTrainingArguments for the common ones."""
 
-    train_file: str = field(default="", metadata={"help": "Pairs: JSONL or MMPR meta.json."})
+    train_file: str = field(
+        default="", metadata={"help": "Pairs: JSONL, MMPR meta.json, parquet, saved data set."}
+    )
     eval_file: str | None = field(default=None, metadata={"help": "Held-out pairs."})
     beta: float = field(default=0.1, metadata={"help": "Strength of the pull to the reference."})
     loss_weights: list[float] = field(

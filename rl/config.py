@@ -16,7 +16,9 @@ class RLConfig(PackedTrainingArguments):
     is `steps_per_generation` times as many, sampled from one version of the weights.
     """
 
-    train_file: str = field(default="", metadata={"help": "Questions: JSONL."})
+    train_file: str = field(
+        default="", metadata={"help": "Questions: JSONL, parquet, saved data set."}
+    )
     num_generations: int = field(default=8, metadata={"help": "Completions a question, G."})
     steps_per_generation: int = field(
         default=2, metadata={"help": "Optimizer steps a rollout batch is cut into (mini-batches)."}

@@ -15,7 +15,9 @@ _CONSTANT = ("linear", "constant", "constant_with_warmup")  # the first is trans
 class SFTConfig(PackedTrainingArguments):
     """Options of supervised fine-tuning; see PackedTrainingArguments for the common ones."""
 
-    train_file: str = field(default="", metadata={"help": "Conversations: JSONL or meta.json."})
+    train_file: str = field(
+        default="", metadata={"help": "Conversations: JSONL, meta.json, parquet, saved data set."}
+    )
     eval_file: str | None = field(
         default=None, metadata={"help": "Held-out conversations, for eval_steps."}
     )

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from plain import noise_image
 
+from cascade.evaluate import EvaluationConfig, evaluate
 from internvl.data import (
     Quarantine,
     Row,
@@ -28,7 +29,9 @@ from internvl.data import (
 )
 from internvl.errors import DataError, UserError
 from internvl.records import tidy_record
+from internvl.sampler import Completion, SampleRequest, SamplingConfig
 from internvl.tables import open_tables
+from mmpr.cli import main as mmpr
 from mmpr.stats import detect_kind
 
 QUESTION = {"id": "q", "question": "<image>\nHow many?", "answer": "3"}
@@ -444,3 +447,79 @@ def test_rows_that_are_looked_at_when_they_are_used(folder: Path) -> None:
         "field 'answer' is NoneType, expected a string or a list of strings",
     ]
     assert image_fault(lazy[0]) == lazy[0].fault
+
+
+# ---- the commands ----
+
+
+class Fixed:
+    """A sampler that answers with the number of the question's images and its tile budget."""
+
+    name = "fixed"
+
+    def __init__(self) -> None:
+        self.asked: list[SampleRequest] = []
+
+    def sample(
+        self, requests: Sequence[SampleRequest], config: SamplingConfig, progress: bool = False
+    ) -> list[list[Completion]]:
+        self.asked += requests
+        answers = [f"Final answer: {len(r.images)}" for r in requests]
+        return [[Completion(text, (1,), (-0.5,), "stop")] * config.n for text in answers]
+
+    def update_weights(self, named_parameters: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_from_parquet_to_pairs(
+    folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Rollouts of images that were bytes are read with their pictures, and go on after a kill."""
+    rows = [
+        {"id": i, "question": "How many?", "answer": str(i % 2), "image": {"bytes": encoded(i)}}
+        for i in range(4)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "charts.parquet")
+    meta = {"charts": {"annotation": "charts.parquet", "max_dynamic_patch": 6}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    sampler = Fixed()
+    monkeypatch.setattr("internvl.sampler.open_sampler", lambda *_, **__: sampler)
+    output = folder / "out" / "rollouts.jsonl"
+    command = ["sample", str(folder / "meta.json"), "--model", str(tiny_model), "--n", "2"]
+    command += ["--output", str(output)]
+    mmpr(command)
+    assert [request.max_tiles for request in sampler.asked] == [6] * 4
+    whole = output.read_bytes()
+    output.write_bytes(whole[: len(whole) // 2])  # it was killed
+    mmpr(command)
+    assert output.read_bytes() == whole
+    assert "give --image-root" not in capsys.readouterr().out
+    rollouts = read(output, "rollout")
+    assert len(rollouts) == 8
+    assert [one.tile_budget(12) for one in rollouts] == [6] * 8
+    for one in rollouts:
+        (image,) = one.load_images()
+        assert pixels(image) == pixels(noise_image(30, 20, int(one.data["id"])))
+    assert len(list((output.parent / "images").iterdir())) == 4
+    verdicts = output.with_name("verdicts.jsonl")
+    mmpr(["verify", str(output), "--output", str(verdicts)])
+    outcomes = [one.data["outcome"] for one in read(verdicts, "verdict")]
+    assert outcomes == ["wrong", "wrong", "correct", "correct"] * 2
+
+
+def test_evaluation_shows_images_that_were_bytes(folder: Path) -> None:
+    rows = [
+        {**QUESTION, "image": [{"bytes": encoded(0)}]},
+        {**QUESTION, "image": [{"path": "1.png"}], "id": "b"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "t.parquet")
+    sampler = Fixed()
+    evaluate(
+        read(folder / "t.parquet"), sampler, EvaluationConfig(), model="m", output=folder / "e"
+    )
+    lines = (folder / "e" / "predictions.jsonl").read_text().splitlines()
+    (stored,), (file,) = (json.loads(line)["image"] for line in lines)
+    assert Path(stored).read_bytes() == encoded(0)
+    assert Path(stored).parent == folder / "e" / "images"
+    assert file == str(folder / "1.png")
