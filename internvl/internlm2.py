@@ -91,6 +91,11 @@ def _read_model(file: Path) -> Any:
         (bool(normalizer.precompiled_charsmap), f"normalises text ({normalizer.name})"),
         (normalizer.remove_extra_whitespaces, "removes extra spaces"),
         (not normalizer.escape_whitespaces, "does not escape spaces"),
+        (
+            normalizer.add_dummy_prefix
+            and any(p.type == _USER_DEFINED and SPACE in p.piece for p in proto.pieces),
+            "has symbols of spaces and puts a space before a text",
+        ),
         (trainer.treat_whitespace_as_suffix, "treats a space as a suffix"),
     ]
     for wrong, fault in faults:

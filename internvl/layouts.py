@@ -105,7 +105,10 @@ def hf_name(name: str) -> str:
 
 
 def _one_by_one(name: str, shape: tuple[int, ...]) -> Shapes:
-    """A mixture's experts are one tensor in transformers' model and one by one on disk."""
+    """A mixture's experts are one tensor in transformers' model and one by one on disk.
+
+    The shapes come in the order of the fused tensor's bytes: an expert's gate, then its up.
+    """
     parts: Shapes
     if name.endswith(".mlp.experts.gate_up_proj"):
         half = (shape[1] // 2, shape[2])
@@ -195,9 +198,12 @@ def plan_to_hf(
 def plan_to_chat(
     source: Mapping[str, TensorInfo], shapes: Shapes, dimensions: Dimensions
 ) -> list[Target]:
-    """The published tensors made of the HF-native ones, whose names may be given either way."""
-    actual = {hf_name(name): name for name in source}
-    known = {name: source[given] for name, given in actual.items()}
+    """The published tensors made of the HF-native ones.
+
+    Names may be save_pretrained's or those of transformers' modules (save_original_format=False),
+    whose mixtures hold all experts in one tensor.
+    """
+    known, starts = _saved_names(source)
     _check_match(known, shapes)
     places = {name: place_of(name, shape, dimensions) for name, shape in shapes.items()}
     parts_of: dict[str, list[tuple[str, Place]]] = {}
@@ -211,12 +217,27 @@ def plan_to_chat(
             raise UserError(f"{sorted(dict(parts))} differ in dtype: {sorted(dtypes)}")
         info = TensorInfo(dtypes.pop(), shape)
         pieces = sorted(piece for name, place in parts for piece in _pieces(name, place, shape[0]))
-        segments = tuple(
-            Segment(actual[name], start * info.row_bytes, stop * info.row_bytes)
-            for _, name, start, stop in pieces
-        )
-        targets.append(Target(chat_name, info, segments))
+        segments = []
+        for _, name, first, last in pieces:
+            actual, start = starts[name]
+            row = info.row_bytes
+            segments.append(Segment(actual, start + first * row, start + last * row))
+        targets.append(Target(chat_name, info, tuple(segments)))
     return targets
+
+
+def _saved_names(
+    source: Mapping[str, TensorInfo],
+) -> tuple[dict[str, TensorInfo], dict[str, tuple[str, int]]]:
+    """HF tensors by save_pretrained's names, and where each starts: its tensor and a byte."""
+    known, starts = {}, {}
+    for actual, info in source.items():
+        start = 0
+        for name, shape in _one_by_one(hf_name(actual), info.shape).items():
+            known[name] = TensorInfo(info.dtype, shape)
+            starts[name] = (actual, start)
+            start += known[name].nbytes
+    return known, starts
 
 
 def _pieces(name: str, place: Place, rows: int) -> Iterable[tuple[int, str, int, int]]:

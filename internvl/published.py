@@ -186,6 +186,7 @@ def _hf_text(llm: Config) -> Config:
     own |= set(config_class.attribute_map.values())
     text = {key: value for key, value in llm.items() if key in own and value is not None}
     text["model_type"] = model_type
+    text["use_cache"] = True  # published as false, left over from training
     if architecture == "InternLM2ForCausalLM":
         text["attention_bias"] = bool(llm.get("bias", False))
         text["head_dim"] = llm["hidden_size"] // llm["num_attention_heads"]

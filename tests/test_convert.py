@@ -9,6 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +96,8 @@ def test_hf_to_published_and_back_is_equal_to_the_byte(tmp_path: Path, family: s
     )
     again["text_config"]["bos_token_id"] = ours["text_config"]["bos_token_id"]
     assert ours == again
-    if family != "internlm2":  # comes back as a LLaMA, which speaks InternVL 2.5's template
-        template = "chat_template.jinja"
-        assert (hf / template).read_text() == (tmp_path / "hf-third" / template).read_text()
+    template = "chat_template.jinja"
+    assert (hf / template).read_text() == (tmp_path / "hf-third" / template).read_text()
 
 
 def test_the_published_config_of_a_model_that_never_was_one(tmp_path: Path) -> None:
@@ -142,6 +145,23 @@ def test_shards_and_their_index_are_as_transformers_writes_them(tmp_path: Path) 
     load_model(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "back", to="chat", progress=False)
     assert_same_weights(tmp_path / "chat", tmp_path / "back")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "internlm2"])
+def test_names_of_the_modules_are_understood_too(tmp_path: Path, family: str) -> None:
+    """As a checkpoint for resuming has them: the experts of a mixture in one tensor."""
+    from transformers import InternVLForConditionalGeneration
+
+    chat, hf = pair(tmp_path, family)
+    model = InternVLForConditionalGeneration.from_pretrained(hf)
+    for file in hf.glob("*.safetensors"):
+        file.unlink()
+    config = (hf / "config.json").read_text()
+    model.save_pretrained(hf, save_original_format=False)
+    (hf / "config.json").write_text(config)
+    assert "model.vision_tower.embeddings.cls_token" in load_weights(hf)
+    convert(hf, tmp_path / "back", to="chat", progress=False)
+    assert_same_weights(chat, tmp_path / "back")
 
 
 # ------------------------------------------------------------------------------------ numbers
@@ -280,6 +300,43 @@ def test_a_conversion_that_dies_leaves_no_folder(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chat", "hf"]
     with pytest.raises(UserError, match="is not empty"):
         convert(tmp_path / "chat", out, to="hf", progress=False)
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_nothing_under_the_name(tmp_path: Path) -> None:
+    make_published(tmp_path / "chat", "internlm2", shards=1)
+    edit_config(
+        tmp_path / "chat", llm_config__intermediate_size=100_000, llm_config__num_hidden_layers=8
+    )
+    hollow_weights(tmp_path / "chat")
+    code = (
+        "import sys; from internvl.convert import convert; "
+        "convert(sys.argv[1], sys.argv[2], to='hf', progress=False)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "chat"), str(tmp_path / "hf")]
+    process = subprocess.Popen(command)
+    weights = tmp_path / ".hf.partial" / "model.safetensors"
+    while process.poll() is None and not weights.exists():
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert weights.exists()
+    assert not (tmp_path / "hf").exists()
+    subprocess.run(command, check=True)
+    assert not weights.parent.exists()
+    convert(tmp_path / "hf", tmp_path / "back", to="chat", progress=False)
+    size = (tmp_path / "chat" / "model.safetensors").stat().st_size
+    assert (tmp_path / "back" / "model.safetensors").stat().st_size == pytest.approx(size, abs=8192)
+
+
+def test_the_bar_counts_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_published(tmp_path / "chat", "qwen2")
+    convert(tmp_path / "chat", tmp_path / "hf", to="hf")
+    total = sum(tensor.nbytes for tensor in load_weights(tmp_path / "hf").values())
+    assert (
+        f"weights: 100%|██████████| {total / 1e6:.2f}M/{total / 1e6:.2f}M"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_changed_config_is_not_overridden_by_what_was_kept(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ InternLM2 by sentencepiece itself.
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from published_tokenizers import TEXTS
 
 from internvl.chat import encode_prompt, load_processor
 from internvl.convert import convert
+from internvl.errors import UserError
+from internvl.internlm2 import fast_tokenizer
 
 SYSTEM_2 = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的"
@@ -170,6 +174,83 @@ def test_prompts_are_the_published_ones(
     single = literal[: literal.index("Seven.")].replace("<image>", expanded)
     assert prompt.ids == published(single)
     assert prompt.tiles.shape == (3, 3, 56, 56)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_sentencepiece_model_may_put_a_space_before_a_text(tmp_path: Path, prefix: bool) -> None:
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 4),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=450,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=prefix,
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["[UNUSED_0]", "\t\t", *([] if prefix else ["\u2581\u2581"])],
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(model.getvalue())
+    judge = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    tokenizer = fast_tokenizer(file, {})
+    for text in ["a", " a", "  two  spaces  ", "\t\tx [UNUSED_0]", *TEXTS]:
+        assert tokenizer.encode(text).ids == judge.encode(text), repr(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"model_type": "unigram"}, r"is no BPE model"),
+        ({"byte_fallback": False}, r"has no byte fallback"),
+        ({"normalization_rule_name": "nfkc"}, r"normalises text \(nfkc\)"),
+        ({"remove_extra_whitespaces": True}, r"removes extra spaces"),
+        (
+            {"add_dummy_prefix": True, "user_defined_symbols": ["\u2581\u2581"]},
+            r"has symbols of spaces and puts a space before a text",
+        ),
+    ],
+)
+def test_sentencepiece_models_of_another_kind(
+    tmp_path: Path, options: dict[str, Any], match: str
+) -> None:
+    import sentencepiece
+
+    settings = {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        **options,
+    }
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 4),
+        model_writer=model,
+        vocab_size=420,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **settings,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    with pytest.raises(UserError, match=match):
+        fast_tokenizer(tmp_path / "tokenizer.model", {})
+    (tmp_path / "tokenizer.model").write_bytes(b"\xff" * 20)
+    with pytest.raises(UserError, match=r"is no SentencePiece model"):
+        fast_tokenizer(tmp_path / "tokenizer.model", {})
+
+
+def test_sentencepiece_missing_is_said_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_published(tmp_path / "chat", "internlm2")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match=r"pip install 'internvl-posttraining\[internlm2\]'"):
+        convert(tmp_path / "chat", tmp_path / "hf", to="hf", progress=False)
 
 
 def test_a_config_may_bring_its_own_system_message(tmp_path: Path) -> None:
