@@ -31,6 +31,10 @@ def fast_tokenizer(model_file: Path, added: Mapping[int, str]) -> Tokenizer:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     proto = _read_model(model_file)
+    symbols = {i for i, piece in enumerate(proto.pieces) if piece.type == _USER_DEFINED}
+    if proto.normalizer_spec.add_dummy_prefix and symbols - set(added):
+        # SentencePiece would put the space before a text once, not after each symbol
+        raise UserError(f"{model_file}: has symbols of its own and puts a space before a text")
     pieces = [added.get(index, piece.piece) for index, piece in enumerate(proto.pieces)]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     if len(vocabulary) != len(pieces):
@@ -91,11 +95,6 @@ def _read_model(file: Path) -> Any:
         (bool(normalizer.precompiled_charsmap), f"normalises text ({normalizer.name})"),
         (normalizer.remove_extra_whitespaces, "removes extra spaces"),
         (not normalizer.escape_whitespaces, "does not escape spaces"),
-        (
-            normalizer.add_dummy_prefix
-            and any(p.type == _USER_DEFINED and SPACE in p.piece for p in proto.pieces),
-            "has symbols of spaces and puts a space before a text",
-        ),
         (trainer.treat_whitespace_as_suffix, "treats a space as a suffix"),
     ]
     for wrong, fault in faults:

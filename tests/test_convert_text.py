@@ -190,7 +190,7 @@ def test_a_sentencepiece_model_may_put_a_space_before_a_text(tmp_path: Path, pre
         normalization_rule_name="identity",
         add_dummy_prefix=prefix,
         remove_extra_whitespaces=False,
-        user_defined_symbols=["[UNUSED_0]", "\t\t", *([] if prefix else ["\u2581\u2581"])],
+        user_defined_symbols=[] if prefix else ["[UNUSED_0]", "\t\t", "\u2581\u2581"],
         hard_vocab_limit=False,
         minloglevel=2,
     )
@@ -210,8 +210,8 @@ def test_a_sentencepiece_model_may_put_a_space_before_a_text(tmp_path: Path, pre
         ({"normalization_rule_name": "nfkc"}, r"normalises text \(nfkc\)"),
         ({"remove_extra_whitespaces": True}, r"removes extra spaces"),
         (
-            {"add_dummy_prefix": True, "user_defined_symbols": ["\u2581\u2581"]},
-            r"has symbols of spaces and puts a space before a text",
+            {"add_dummy_prefix": True, "user_defined_symbols": ["[UNUSED_0]"]},
+            r"has symbols of its own and puts a space before a text",
         ),
     ],
 )
