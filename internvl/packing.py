@@ -54,7 +54,9 @@ class Example:
     def positions(self) -> list[float]:
         """Positions of the prompt, then of each completion, which all go on where it ended."""
         prompt = len(self.prompt_ids)
-        steps = dict(zip(self.image_slots, self.slot_steps or [], strict=bool(self.slot_steps)))
+        steps: dict[int, float] = {}
+        if self.slot_steps is not None:
+            steps = dict(zip(self.image_slots, self.slot_steps, strict=True))
         out = list(token_positions(prompt, steps))
         last = out[-1] if out else -1
         for branch, completion in enumerate(self.completions):

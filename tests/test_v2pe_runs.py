@@ -33,6 +33,7 @@ from rewards import Outcome, Verdict
 from rl.__main__ import main as rl_main
 from sft.config import SFTConfig
 from training.cli import ModelArguments, parse_config
+from training.encoders import make_encoder
 
 STEPS = [1.0, 0.5, 0.25, 1 / 256]
 
@@ -202,6 +203,17 @@ def test_an_adapter_cannot_carry_a_step(stepped_model: Path, images: Path, tmp_p
     given["position_steps"] = [0.25]
     made = make_trainer("sft", stepped_model, tmp_path, rows, Recorded(), **given)
     assert made.encoder.position_steps == (0.25,)
+
+
+def test_tf32_would_round_positions(tiny_model: Path, images: Path, tmp_path: Path) -> None:
+    rows = conversations(images, 2)
+    made = make_trainer("sft", tiny_model, tmp_path, rows, Recorded(), position_steps=[0.5])
+    made.args.tf32 = True  # which transformers itself refuses on a CPU
+    model = load_model(tiny_model)
+    with pytest.raises(UserError, match="tf32 is on, which can round fractional positions"):
+        make_encoder(model, made.processing_class, made.args)
+    made.args.position_steps = None
+    assert make_encoder(model, made.processing_class, made.args).position_steps == (1.0,)
 
 
 def test_a_checkpoint_that_says_nonsense(stepped_model: Path) -> None:

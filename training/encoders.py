@@ -17,9 +17,16 @@ def make_encoder(
     processor: InternVLProcessor,
     args: PackedTrainingArguments,
 ) -> Encoder:
-    """The Encoder of a stage that trains `model`, within the model's own limit of tokens."""
+    """The Encoder of a stage that trains `model`, within the model's own limit of tokens.
+
+    Raises `UserError` for fractional positions under TF32, which keeps 10 bits of a number: on
+    some GPUs the rotary code's product of positions and frequencies goes by it (transformers issue
+    48428).
+    """
     limit = args.max_length or model.config.text_config.max_position_embeddings
     steps = args.position_steps or [checkpoint_step(model.config.to_dict())]
+    if args.tf32 and any(step != 1 for step in steps):
+        raise UserError(f"tf32 is on, which can round fractional positions (V2PE: {steps}) away")
     seed = args.seed if args.data_seed is None else args.data_seed
     return Encoder(processor, args.max_tiles, limit, tuple(steps), seed)
 
