@@ -1,6 +1,6 @@
 """The lines of a file by number, without the file in memory: byte offsets, found once and kept.
 
-    file -> blocks of 16 MiB -> offsets of the lines that are not blank -> a cached file
+    file -> blocks of 1 MiB -> offsets of the lines that are not blank -> a cached file
                                                                              -> line i by pread
 
 A large file's offsets are found at the speed of the disk and kept in the cache (8 bytes a line),
@@ -10,6 +10,7 @@ from where they are mapped into memory: opening it again takes milliseconds, wha
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES = 2**20
 _VERSION = 1  # of the cached format
-_NEWLINE = 10
+_NEWLINE, _SPACE = 10, 32
 
 
 class Lines:
@@ -52,19 +53,10 @@ class Lines:
         """
         if self._file is None:
             self._file = self.path.open("rb", buffering=0)
-        descriptor = self._file.fileno()
-        found = os.fstat(descriptor)
+        found = os.fstat(self._file.fileno())
         if (found.st_size, found.st_mtime_ns) != self._stamp:
             raise DataError(f"{self.path}: it was changed while it was read; start again")
-        start, stop = int(self._starts[index]), int(self._starts[index + 1])
-        pieces = []
-        while start < stop:  # a read may return less than it was asked for
-            piece = os.pread(descriptor, stop - start, start)
-            if not piece:
-                raise DataError(f"{self.path}: it ends at byte {start}, expected {stop}")
-            pieces.append(piece)
-            start += len(piece)
-        return b"".join(pieces)
+        return _read_whole(self._file, int(self._starts[index]), int(self._starts[index + 1]))
 
     def number(self, index: int) -> int:
         """The line's number in the file, from 1."""
@@ -96,38 +88,57 @@ def open_lines(path: Path, *, cached_from: int = CACHED_FROM, quiet: bool = Fals
 def find_lines(
     path: Path, *, block_bytes: int = BLOCK_BYTES, quiet: bool = False
 ) -> NDArray[np.int64]:
-    """The table of `Lines`: where the non-blank lines begin, and their numbers where some are."""
+    """The table of `Lines`: where the non-blank lines begin, and their numbers where some are.
+
+    Blocks are read and searched in threads; numpy lets them run side by side.
+    """
     import numpy as np
     from tqdm import tqdm
 
-    buffer = bytearray(block_bytes)
+    size = path.stat().st_size
     parts = [np.zeros(1, np.int64)]
     maybe_blank = [np.zeros(1, np.int64)]  # numbers of lines that begin with white space, or may
-    position, lines = 0, 1
-    size = path.stat().st_size
-    with (
-        path.open("rb", buffering=0) as file,
-        tqdm(
-            *(), total=size, desc=f"indexing {path.name}", unit="B", unit_scale=True, delay=2,
-            disable=quiet,
-        ) as bar,
-    ):  # fmt: skip
-        while got := file.readinto(buffer):
-            block = np.frombuffer(buffer, np.uint8, got)
+    lines = 1
+    bar = tqdm(
+        *(), total=size, desc=f"indexing {path.name}", unit="B", unit_scale=True, delay=2,
+        disable=quiet,
+    )  # fmt: skip
+    with path.open("rb", buffering=0) as file, bar, ThreadPoolExecutor(_threads()) as pool:
+
+        def search(start: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+            raw = _read_whole(file, start, min(start + block_bytes, size))
+            block = np.frombuffer(raw, np.uint8)
             firsts = np.flatnonzero(block == _NEWLINE) + 1  # where the next lines begin
-            inside = firsts[firsts < got]
-            white = np.flatnonzero(block[inside] <= 32)
+            inside = firsts[firsts < len(block)]
+            return firsts + start, np.flatnonzero(block[inside] <= _SPACE), len(inside)
+
+        for firsts, white, inside in pool.map(search, range(0, size, block_bytes)):
             maybe_blank.append(lines + white)
-            if len(inside) < len(firsts):  # the next block says how the last line begins
-                maybe_blank.append(np.array([lines + len(inside)]))
-            parts.append(firsts + position)
+            if inside < len(firsts):  # the next block says how the last line begins
+                maybe_blank.append(np.array([lines + inside]))
+            parts.append(firsts)
             lines += len(firsts)
-            position += got
-            bar.update(got)
-    starts = np.concatenate([*parts, [position]])
-    if starts[-2] == position:  # nothing follows the last line break
+            bar.update(block_bytes)
+    starts = np.concatenate([*parts, [size]])
+    if starts[-2] == size:  # nothing follows the last line break
         starts = starts[:-1]
     return _without_blanks(path, starts, np.concatenate(maybe_blank))
+
+
+def _threads() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+def _read_whole(file: BinaryIO, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` of a file; raises `DataError` where it ends before."""
+    pieces = []
+    while start < stop:  # a read may return less than it was asked for
+        piece = os.pread(file.fileno(), stop - start, start)
+        if not piece:
+            raise DataError(f"{file.name}: it ends at byte {start}, expected {stop}")
+        pieces.append(piece)
+        start += len(piece)
+    return b"".join(pieces)
 
 
 def _without_blanks(
@@ -141,7 +152,7 @@ def _without_blanks(
             if index >= len(starts) - 1:
                 continue
             start, stop = int(starts[index]), int(starts[index + 1])
-            if not os.pread(file.fileno(), stop - start, start).strip():
+            if not _read_whole(file, start, stop).strip():
                 blank.append(index)
     if not blank:
         return starts[None]
