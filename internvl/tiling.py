@@ -9,15 +9,17 @@ taken in the order of their columns, as in transformers and so in vLLM. The publ
 goes through a set there; with min_tiles=1 the order decides nothing, because a square or flatter
 grid is always closer (proven in tests/test_tiling.py for every budget up to 40 tiles).
 
-The pixels are bit-equal to those of transformers' GotOcr2ImageProcessor, which vLLM runs for this
-model, for the same kernel does the work (torch's antialiased bicubic resize of uint8, first along
-the rows, then along the columns). It is faster because an image goes through in strips that fit the
-cache: each strip leaves Pillow once and is narrowed at once to the width of the grid and to that of
-the thumbnail; no array of the whole image in full size is ever built.
+There is one path, and it is exact: bit-equal to transformers' GotOcr2ImageProcessor, which vLLM
+runs for this model, for the same kernel does the work (torch's antialiased bicubic resize of uint8,
+first along the rows, then along the columns). It is faster because an image goes through in strips
+that fit the cache: each leaves Pillow once, without a copy, and is narrowed at once to the width of
+the grid and to that of the thumbnail; no array of the whole image in full size is ever built. What
+is left is mostly the JPEG's decoding (benchmarks/preprocess.py has both, and what is gained).
 
-Decoding a JPEG at a reduced size (libjpeg's scaled DCT) is not offered: on photographs of 12
-megapixels with noise and text it moved pixels of the tiles by up to 60/255, and the engine would
-not see the same picture.
+Decoding at a reduced size (libjpeg's scaled DCT) is not offered. On photographs of 12 megapixels
+with noise and text it moved pixels of the tiles by up to 15/255 (1 tile) and 60/255 (12 tiles), by
+8/255 even where half the size is still 4 times that of the one tile: the engine would not see the
+same picture.
 """
 
 from __future__ import annotations
@@ -109,14 +111,12 @@ def cut_images(
     min_tiles, max_tiles: of each image, the thumbnail not counted. Returns uint8
     [X, 3, tile_size, tile_size] and the number of tiles of each image.
     """
-    import torch
-
     grids = [
         choose_grid(*image.size, min_tiles=min_tiles, max_tiles=max_tiles, tile_size=tile_size)
         for image in images
     ]
     counts = [columns * rows + (columns * rows > 1) for columns, rows in grids]
-    tiles = torch.empty((sum(counts), 3, tile_size, tile_size), dtype=torch.uint8)
+    tiles = _empty(sum(counts), 3, tile_size, tile_size)
     parts = tiles.split(counts)
     for image, grid, part in zip(images, grids, parts, strict=True):
         _cut(image, grid, part)
@@ -129,18 +129,19 @@ def _cut(image: Image.Image, grid: tuple[int, int], out: torch.Tensor) -> None:
         raise UserError(f"an image of mode {image.mode!r}; expected 'RGB' (see load_image)")
     columns, rows = grid
     size, cells = out.shape[-1], columns * rows
-    narrow = _narrow(image, [columns * size] + [size] * (cells > 1))
-    whole = _resize(narrow[0], rows * size, columns * size)[0, :3]
-    # [3, rows * T, columns * T] -> [rows, columns, 3, T, T]
-    in_cells = whole.view(3, rows, size, columns, size).permute(1, 3, 0, 2, 4)
-    out[:cells].view(rows, columns, 3, size, size).copy_(in_cells)
+    columns_of_rows = out[:cells].view(rows, columns, 3, size, size)
+    narrow = _narrow(image, columns, size)
+    for column in range(columns):
+        whole = _resize(narrow[column : column + 1].permute(0, 3, 1, 2), rows * size, size)
+        columns_of_rows[:, column] = whole[0, :3].view(3, rows, size, size).permute(1, 0, 2, 3)
     if cells > 1:
-        out[cells] = _resize(narrow[1], size, size)[0, :3]
+        out[cells] = _resize(narrow[-1:].permute(0, 3, 1, 2), size, size)[0, :3]
 
 
-def _narrow(image: Image.Image, widths: list[int]) -> list[torch.Tensor]:
-    """The image at each of the widths, its height as it is: uint8 [1, 4, H, width], channels last.
+def _narrow(image: Image.Image, columns: int, size: int) -> torch.Tensor:
+    """The image's rows resized, its height as it is: uint8 [columns (+ 1), H, size, 4].
 
+    One block a column of the grid, then the thumbnail's (in a grid of one column it is the same).
     The fourth channel is Pillow's padding: carrying it along is cheaper than packing three.
     """
     import pyarrow
@@ -148,15 +149,26 @@ def _narrow(image: Image.Image, widths: list[int]) -> list[torch.Tensor]:
 
     width, height = image.size
     step = max(1, _STRIP_PIXELS // width)
-    shapes = [(1, height, new, 4) for new in widths]
-    out = [torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2) for shape in shapes]
+    blocks = _empty(columns + (columns > 1), height, size, 4)
     for top in range(0, height, step):
         bottom = min(height, top + step)
         strip = pyarrow.array(image.crop((0, top, width, bottom)))  # Pillow's own memory
         pixels = torch.from_dlpack(strip.flatten()).view(1, bottom - top, width, 4)
-        for narrow, new in zip(out, widths, strict=True):
-            narrow[:, :, top:bottom] = _resize(pixels.permute(0, 3, 1, 2), bottom - top, new)
-    return out
+        pixels = pixels.permute(0, 3, 1, 2)
+        grid = _resize(pixels, bottom - top, columns * size)[0].permute(1, 2, 0)
+        by_column = grid.reshape(bottom - top, columns, size, 4).permute(1, 0, 2, 3)
+        blocks[:columns, top:bottom] = by_column
+        if columns > 1:
+            blocks[columns, top:bottom] = _resize(pixels, bottom - top, size)[0].permute(1, 2, 0)
+    return blocks
+
+
+def _empty(*shape: int) -> torch.Tensor:
+    """Memory of numpy's: unlike torch's it asks for huge pages, and so has fewer page faults."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.empty(shape, np.uint8))
 
 
 def _resize(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
