@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from trainer_cases import (
     write_images,
 )
 
-from internvl.checkpoint import load_model
+from internvl.checkpoint import checksum, load_model
 from internvl.data import Row
 from internvl.errors import UserError
 from internvl.packing import pack
@@ -103,6 +104,26 @@ def test_the_checkpoint_says_its_step(
     # the next stage goes on with it unless it is told otherwise
     following = make_trainer("sft", tmp_path / "out", tmp_path / "next", rows, Recorded())
     assert following.encoder.position_steps == (written or 1.0,)
+
+
+def test_a_run_goes_on_with_the_same_draws(tiny_model: Path, images: Path, tmp_path: Path) -> None:
+    """Two epochs, the second made again from the first one's checkpoint: the same bytes."""
+    given: dict[str, Any] = {"position_steps": STEPS, "inference_position_step": 1.0}
+    given |= {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
+    given["per_device_train_batch_size"] = 8
+
+    def weights() -> str:
+        rows = conversations(images, 8)
+        trainer = make_trainer("sft", tiny_model, tmp_path / "out", rows, Recorded(), **given)
+        trainer.run()
+        return checksum(trainer.model.named_parameters())
+
+    whole = weights()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    assert weights() == whole
+    given["inference_position_step"] = 0.5
+    with pytest.raises(UserError, match=r"inference_position_step: 1\.0 then, 0\.5 now"):
+        weights()
 
 
 def test_steps_from_a_file_and_from_flags(tmp_path: Path) -> None:
