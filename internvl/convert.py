@@ -268,6 +268,8 @@ def _new_chat_files(source: _Source, out: Path) -> dict[str, Any]:
     template, tiles, notes = published_processor(source.folder, source.config, out)
     chat = chat_config(source.config, template=template, tiles=tiles)
     write_json(out / "config.json", chat)
+    if (source.folder / "generation_config.json").is_file():
+        shutil.copyfile(source.folder / "generation_config.json", out / "generation_config.json")
     for note in notes:
         _note(note)
     _note(

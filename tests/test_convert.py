@@ -113,6 +113,8 @@ def test_the_published_config_of_a_model_that_never_was_one(tmp_path: Path) -> N
             if not key.endswith("token_id"):
                 assert made[part][key] == published[part][key], key
     assert made["llm_config"]["num_experts"] == 4
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == made["llm_config"]["eos_token_id"]
     assert_same_weights(chat, tmp_path / "out")
 
 
