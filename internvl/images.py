@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 ImageSource = Path | bytes  # a file, or the encoded bytes of one
 
 MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own limit: above it an image is taken for a bomb
+# Above it a line of pixels is blown up to gigabytes before the tiles are cut (JPEG's own limit)
+MAX_IMAGE_SIDE = 65_535
 
 # What is tried on a file, whatever its extension says. Not in it: formats that start a program
 # (EPS), and those without a signature, which would make a picture of any bytes.
@@ -135,6 +137,8 @@ def _check_pixels(size: tuple[int, int]) -> None:
         raise _Unusable(
             f"{width}x{height} pixels, over the limit of {MAX_IMAGE_PIXELS} (decompression bomb)"
         )
+    if max(width, height) > MAX_IMAGE_SIDE:
+        raise _Unusable(f"{width}x{height} pixels, over the limit of {MAX_IMAGE_SIDE} a side")
     if width < 1 or height < 1:
         raise _Unusable(f"{width}x{height} pixels: there is nothing in it")
 
