@@ -43,6 +43,10 @@ MAX_IMAGE_SIDE = 65_535
 # (EPS), and those without a signature, which would make a picture of any bytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
 
+_SIGNATURES = (
+    *((b"\x89PNG", "PNG"), (b"\xff\xd8", "JPEG"), (b"RIFF", "WebP"), (b"GIF8", "GIF")),
+    *((b"BM", "BMP"), (b"II*\x00", "TIFF"), (b"MM\x00*", "TIFF"), (b"P5", "PGM"), (b"P6", "PPM")),
+)
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
 _PNG_SIGNATURE = 8
 _PNG_METADATA = {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}  # where a rotation may be written
@@ -127,7 +131,10 @@ def _stream(source: ImageSource) -> BinaryIO:
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if source.is_file():
-        return source.open("rb")
+        try:
+            return source.open("rb")
+        except OSError as error:
+            raise _Unusable(f"cannot be read: {error.strerror}") from None
     raise _Unusable("not a file" if source.exists() else "no such image")
 
 
@@ -149,6 +156,9 @@ def _what_it_is(stream: BinaryIO) -> str:
     start = stream.read(24)
     if not start:
         return "empty file"
+    for signature, kind in _SIGNATURES:
+        if start.startswith(signature):
+            return f"corrupt image: it begins as a {kind}, but its header cannot be read"
     known = ", ".join(FORMATS)
     return f"not an image that is read here ({known}); its first bytes are {start!r}"
 
