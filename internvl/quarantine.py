@@ -70,9 +70,12 @@ class Quarantine:
             with self.path.open("a", encoding="utf-8") as out:
                 out.write(text + "\n")
 
-    def check(self, total: int) -> None:
-        """Raise `DataError` when more rows are bad than `max_bad` allows of `total`."""
-        limit = self.max_bad * total if self.max_bad < 1 else self.max_bad
+    def check(self, total: int, *, at_least: int = 0) -> None:
+        """Raise `DataError` when more rows are bad than `max_bad` allows of `total`.
+
+        at_least: a share is taken of no fewer rows than that.
+        """
+        limit = self.max_bad * max(total, at_least) if self.max_bad < 1 else self.max_bad
         if self.count > limit:
             where = f"; their reasons are in {self.path}" if self.path else ""
             raise DataError(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Default = TypeVar("Default")
+TILE_SIDE = 448  # pixels
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ class Row:
         if self.fault is not None:
             raise DataError(self.fault)
         video = self.video_source()
-        paths = [source for source in self.image_sources() if isinstance(source, Path)]
-        for path in paths if video is None else [video]:
+        # of a folder of frames each file: one may be a link that leads out
+        for path in [*([] if video is None else [video]), *self.media_files()]:
             if fault := path_fault(path, self.image_root):
                 raise DataError(fault)
         if video is None:
@@ -126,12 +127,14 @@ class Row:
         return default if own is None else own
 
     def image_sizes(self) -> list[tuple[int, int]]:
-        """(width, height) of what `load_images` gives, in pixels; of images only headers are read.
+        """(width, height) of what `load_images` gives, in pixels, to count tiles by.
 
-        Raises `DataError` where the header shows that an image cannot be used.
+        Of images only headers are read; a video's frames, which are one tile each whatever their
+        size, count as one tile's size unread. Raises `DataError` where a header shows that an image
+        cannot be used.
         """
         if self.num_frames:
-            return [frame.size for frame in self.load_images()]
+            return [(TILE_SIDE, TILE_SIDE)] * self.num_frames
         return [image_size(source) for source in self.image_sources()]
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from plain import noise_image
 
 from cascade.evaluate import EvaluationConfig, evaluate
+from internvl.chat import load_processor
 from internvl.data import (
     Quarantine,
     Row,
@@ -27,11 +28,13 @@ from internvl.data import (
     read_rows,
     write_jsonl,
 )
+from internvl.encoding import Encoder
 from internvl.errors import DataError, UserError
 from internvl.records import tidy_record
 from internvl.sampler import Completion, SampleRequest, SamplingConfig
 from internvl.tables import open_tables
 from mmpr.cli import main as mmpr
+from mmpr.sample import make_request
 from mmpr.stats import detect_kind
 
 QUESTION = {"id": "q", "question": "<image>\nHow many?", "answer": "3"}
@@ -179,6 +182,42 @@ def test_a_video_is_a_line_a_frame(folder: Path) -> None:
     assert tidy_record(row(folder, video="clip", question="Who?").data, "question")[
         "question"
     ].startswith("<video>\n")
+
+
+def test_a_video_for_trainer_and_sampler(folder: Path, tiny_model: Path) -> None:
+    """One prompt for both: a line, an image and a tile for each frame."""
+    clip = folder / "clip"
+    clip.mkdir()
+    for index in range(9, 12):
+        noise_image(120, 60, index).save(clip / f"frame{index}.png")
+    clips = [
+        {"id": "a", "video": "clip", "num_frames": 3, "question": "Who?", "answer": "1"},
+        {"id": "b", "video": "none", "question": "Who?", "answer": "1"},
+        {"id": "c", "video": "out", "question": "Who?", "answer": "1"},
+    ]
+    (folder / "out").mkdir()
+    (folder / "out" / "1.png").symlink_to(tiny_model / "config.json")
+    found = read(write(folder / "rows.jsonl", clips))
+    aside = Quarantine(folder / "images.jsonl", max_bad=2)
+    (one,) = check_images(found, quarantine=aside)
+    lines = (folder / "images.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reason"] for line in lines] == [
+        f"{folder}/none: no such video",
+        f"{folder}/out/1.png: outside its root {folder}",
+    ]
+    encoder = Encoder(load_processor(str(tiny_model)))
+    example = encoder.completions(one, [[1]])
+    assert len(example.tiles) == 3
+    assert encoder.length(one, "question") == len(example.prompt_ids)
+    request = make_request(one, seed=0)
+    assert request.question == "Frame1: <image>\nFrame2: <image>\nFrame3: <image>\nWho?"
+    assert request.max_tiles == 1
+    frames = [
+        pixels(noise_image(120, 60, index)) for index in (9, 10, 10)
+    ]  # the middles of three thirds
+    assert [pixels(image) for image in request.images] == frames
+    record = portable_record(one, folder / "r" / "rollouts.jsonl")
+    assert (record["video"], record["num_frames"]) == ("clip", 3)
 
 
 # ---- paths ----

@@ -65,7 +65,7 @@ class LateChecks:
         fault = None
         if self._rank == 0:
             try:
-                quarantine.check(max(self.seen, FEWEST_ROWS))
+                quarantine.check(self.seen, at_least=FEWEST_ROWS)
             except DataError as error:
                 fault = str(error)
         if fault := self._from_first(fault):
