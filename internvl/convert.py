@@ -128,9 +128,12 @@ def _to_hf(source: _Source, out: Path) -> list[Target]:
     """Write everything but weights; returns what the weights are made of."""
     from internvl.layouts import hf_shapes, plan_to_hf
     from internvl.originals import check_unchanged, keep_originals, read_record, restore_originals
-    from internvl.published import check_chat_config, dimensions, language_model
+    from internvl.published import check_chat_config, dimensions, language_model, unknown_keys
 
     check_chat_config(source.config)
+    for key in unknown_keys(source.config):
+        value = source.config[key]
+        _note(f"config.json: {key} is {value!r}, which has no meaning here; it is kept as it is")
     internlm2 = language_model(source.config["llm_config"]) == "InternLM2ForCausalLM"
     record = read_record(source.folder)
     if record and record.layout == "hf":

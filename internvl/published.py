@@ -40,6 +40,15 @@ _CHAT_DEFAULTS: Config = {
     "use_llm_lora": 0,
     "use_thumbnail": False,
 }
+# keys that transformers 4 or the published training code wrote, of no effect on what is computed
+_NO_EFFECT = {
+    *("_commit_hash", "_name_or_path", "architectures", "auto_map", "hidden_size", "image_fold"),
+    *("model_type", "output_attentions", "transformers_version"),
+}
+_READ = {
+    *("dtype", "llm_config", "system_message", "template", "tie_word_embeddings"),
+    *("torch_dtype", "vision_config"),
+}
 _VISION_DEFAULTS: Config = {
     "attention_dropout": 0.0,
     "dropout": 0.0,
@@ -138,6 +147,12 @@ def check_chat_config(chat: Config) -> None:
     if (1 / settings["downsample_ratio"]) % 1:
         refuse("downsample_ratio", settings["downsample_ratio"], "expected one over a whole number")
     language_model(settings["llm_config"])
+
+
+def unknown_keys(chat: Config) -> list[str]:
+    """Keys of a published config that are set and that nobody here reads."""
+    known = _NO_EFFECT | _READ | set(_CHAT_DEFAULTS)
+    return sorted(key for key, value in chat.items() if key not in known and value)
 
 
 def language_model(llm: Config) -> str:

@@ -336,13 +336,15 @@ def test_a_killed_process_leaves_nothing_under_the_name(tmp_path: Path) -> None:
 
 
 def test_the_bar_counts_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_published(tmp_path / "chat", "qwen2")
+    make_published(tmp_path / "chat", "qwen2", changes={"new_switch": 3, "off_switch": False})
     convert(tmp_path / "chat", tmp_path / "hf", to="hf")
-    total = sum(tensor.nbytes for tensor in load_weights(tmp_path / "hf").values())
-    assert (
-        f"weights: 100%|██████████| {total / 1e6:.2f}M/{total / 1e6:.2f}M"
-        in capsys.readouterr().err
-    )
+    total = sum(tensor.nbytes for tensor in load_weights(tmp_path / "hf").values()) / 1e6
+    said = capsys.readouterr().err
+    assert f"weights: 100%|██████████| {total:.2f}M/{total:.2f}M" in said
+    notes = [line for line in said.splitlines() if line.startswith("note:")]
+    assert notes == [
+        "note: config.json: new_switch is 3, which has no meaning here; it is kept as it is"
+    ]
 
 
 def test_a_changed_config_is_not_overridden_by_what_was_kept(tmp_path: Path) -> None:

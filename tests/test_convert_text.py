@@ -279,7 +279,7 @@ def test_settings_of_the_processor_come_from_the_config(tmp_path: Path) -> None:
         assert list(part.image_std) == [0.229, 0.224, 0.225]
     assert type(images).__name__ == "GotOcr2ImageProcessor"
     assert type(videos).__name__ == "InternVLVideoProcessor"
-    assert processor.image_seq_length == 4
+    assert (processor.image_seq_length, tokenizer.padding_side) == (4, "left")
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == (
         "<|im_end|>",
         "</s>",

@@ -77,6 +77,20 @@ def test_a_merged_folder_is_the_full_weights(
     assert rendered[0] == rendered[1]
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "tied"])
+def test_bases_whose_files_differ_from_their_modules(tmp_path: Path, family: str) -> None:
+    """A mixture's experts are one by one on disk, and a tied head is not there at all."""
+    changes = {"llm_config.tie_word_embeddings": family == "tied"}
+    family = "qwen3" if family == "tied" else family
+    make_published(tmp_path / "chat", family, changes=changes)
+    convert(tmp_path / "chat", tmp_path / "hf", to="hf", progress=False)
+    model = train(tmp_path / "hf", tmp_path / "adapter", target_modules=["q_proj", "o_proj"])
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", progress=False)
+    assert_is(tmp_path / "merged", model)
+    before = load_weights(tmp_path / "hf")
+    assert before.keys() == load_weights(tmp_path / "merged").keys()
+
+
 def test_adapters_follow_one_another_and_go_back_to_the_published_layout(
     base: Path, tmp_path: Path
 ) -> None:
