@@ -14,8 +14,9 @@ from plain import noise_image
 from transformers import GotOcr2ImageProcessor
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
-from internvl.chat import cut_tiles, load_processor, tile_settings
+from internvl.chat import cut_tiles, load_processor, normalize_tiles, tile_settings
 from internvl.errors import UserError
+from internvl.sampler import SampleRequest
 from internvl.tiling import choose_grid, count_tiles, cut_images, processor_tile_size
 
 BUDGETS = (1, 6, 12, 40)
@@ -157,3 +158,20 @@ def test_tiles_of_448_are_bit_equal_to_transformers(max_tiles: int) -> None:
         max_patches=max_tiles,
     )["pixel_values"]
     assert torch.equal(cut_images([image], max_tiles=max_tiles)[0], theirs)
+
+
+@pytest.mark.xdist_group("vllm")
+@pytest.mark.slow
+def test_tiles_of_any_size_are_bit_equal_to_vllm_s(vllm_sampler: Any, tiny_model: Path) -> None:
+    """Through the engine's own input processing, normalised: odd shapes, small and large ones."""
+    processor = load_processor(str(tiny_model))
+    rng = np.random.default_rng(11)
+    sizes = [(1, 1), (2, 1), (3, 900), (900, 3), (60_000, 1), (1, 60_000), (2500, 1700)]
+    sizes += [(int(w), int(h)) for w, h in np.exp(rng.uniform(0, 6.5, (30, 2)))]
+    for seed, (width, height) in enumerate(sizes):
+        image = noise_image(width, height, seed)
+        for max_tiles in BUDGETS:
+            request = SampleRequest("<image>\n?", (image,), seed=0)
+            _, pixels = vllm_sampler.engine_inputs(request, max_tiles)
+            tiles, _ = cut_tiles(processor, [image], max_tiles)
+            assert torch.equal(pixels, normalize_tiles(processor, tiles)), (width, height)
