@@ -10,7 +10,7 @@ import hashlib
 import json
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -23,6 +23,8 @@ from internvl.quarantine import Quarantine
 from internvl.records import Kind, find_fault, record_key, tidy_record
 from internvl.rows import Row
 from internvl.sources import DataSet, Source, open_data_sets
+
+HOPELESS = 100_000  # records of which not one is good
 
 
 class RowSequence(Sequence[Row]):
@@ -127,6 +129,7 @@ def read_rows(
     quarantine: Quarantine,
     image_root: Path | None = None,
     checked: bool = True,
+    limit: int | None = None,
     cached_from: int = CACHED_FROM,
     quiet: bool = False,
 ) -> Rows:
@@ -136,20 +139,21 @@ def read_rows(
     is used: rows then say themselves what is wrong (`Row.fault`), and ids may repeat. image_root:
     where relative paths of images start; by default the folder of the data, or the `root` of
     meta.json. `repeat_time` r repeats a data set int(r) times and takes the first fraction of it
-    once more (MMPR's meaning: 0.5 takes the first half). cached_from: bytes of a data set from
-    which what was found is kept in the cache. quiet: no progress bars.
+    once more (MMPR's meaning: 0.5 takes the first half). limit: so many good records of a data set
+    are enough, and those behind them are not looked at. cached_from: bytes of a data set from which
+    what was found is kept in the cache. quiet: no progress bars.
     Raises `DataError` when a file is missing, when more rows are bad than the quarantine allows,
     or when no row is left.
     """
     path = Path(path)
     parts, read = [], 0
     for data_set in open_data_sets(path, image_root, cached_from=cached_from, quiet=quiet):
-        read += len(data_set.source)
-        kept = (
-            _sift(data_set, kind, quarantine, cached_from=cached_from, quiet=quiet)
-            if checked
-            else None
-        )
+        kept, looked_at = None, len(data_set.source)
+        if limit is not None:
+            kept, looked_at = _sift_first(data_set, kind, quarantine, limit)
+        elif checked:
+            kept = _sift(data_set, kind, quarantine, cached_from=cached_from, quiet=quiet)
+        read += looked_at
         parts.append(_Part(data_set, kept))
     quarantine.check(read)
     if not any(part.length for part in parts):
@@ -163,31 +167,61 @@ def _sift(
     """The numbers of the good records, or None where all are; the others are put aside."""
     source = data_set.source
     files = source.files()
+
+    def find() -> dict[int, str]:
+        judged = _judged(source, kind, quiet=quiet)
+        return {number: fault for number, fault in judged if fault is not None}
+
+    def make(target: Path) -> None:
+        target.write_text(json.dumps(find()))
+
     if sum(file.stat().st_size for file in files) < cached_from:
-        faults = _find_faults(source, kind, quiet=quiet)
+        faults = find()
     else:
-
-        def make(target: Path) -> None:
-            target.write_text(json.dumps(_find_faults(source, kind, quiet=quiet)))
-
         # what makes a record bad is written there: another text of it finds the faults anew
         rules = hashlib.sha256(Path(records.__file__).read_bytes()).hexdigest()
         kept_file = cached_file(files, f".{kind}.faults.json", make, version=rules)
         faults = {int(number): fault for number, fault in json.loads(kept_file.read_text()).items()}
-    for number, fault in faults.items():
-        record, _ = _read(source, number, kind, check=False)
-        quarantine.add(*source.origin(number), fault, record)
+    _put_aside(source, kind, faults, quarantine)
     if not faults:
         return None
     return array("q", (number for number in range(len(source)) if number not in faults))
 
 
-def _find_faults(source: Source, kind: Kind, *, quiet: bool) -> dict[int, str]:
-    """What is wrong with which record of a data set, an id that comes again included."""
+def _sift_first(
+    data_set: DataSet, kind: Kind, quarantine: Quarantine, limit: int
+) -> tuple[array[int], int]:
+    """The numbers of the first good records, and how many were looked at."""
+    kept = array("q")
+    faults = {}
+    looked_at = 0
+    for number, fault in _judged(data_set.source, kind, quiet=True):
+        if len(kept) == limit:
+            break
+        looked_at += 1
+        if fault is None:
+            kept.append(number)
+        else:
+            faults[number] = fault
+    _put_aside(data_set.source, kind, faults, quarantine)
+    return kept, looked_at
+
+
+def _put_aside(source: Source, kind: Kind, faults: dict[int, str], quarantine: Quarantine) -> None:
+    for number, fault in faults.items():
+        record, _ = _read(source, number, kind, check=False)
+        quarantine.add(*source.origin(number), fault, record)
+
+
+def _judged(source: Source, kind: Kind, *, quiet: bool) -> Iterator[tuple[int, str | None]]:
+    """Each record's number and what is wrong with it, an id that comes again included.
+
+    Raises `DataError` where none of very many is good: then it is the file that is the wrong one.
+    """
     from tqdm import tqdm
 
-    faults = {}
     seen: dict[tuple[object, ...], int] = {}
+    good = 0
     for number in tqdm(range(len(source)), desc="reading rows", delay=2, disable=quiet):
         record, fault = _read(source, number, kind, check=True)
         if fault is None and (key := record_key(record, kind)) is not None:
@@ -195,6 +229,10 @@ def _find_faults(source: Source, kind: Kind, *, quiet: bool) -> dict[int, str]:
             if first != number:
                 _, line = source.origin(first)
                 fault = f"the id of line {line} again: {record['id']!r}"
-        if fault is not None:
-            faults[number] = fault
-    return faults
+        good += fault is None
+        if not good and number + 1 == HOPELESS:
+            raise DataError(
+                f"{source.origin(0)[0]}: none of the first {HOPELESS} records is a usable {kind}; "
+                f"of the last of them: {fault}"
+            )
+        yield number, fault

@@ -101,7 +101,11 @@ def run_sample(args: argparse.Namespace) -> None:
     quarantine = _quarantine(args)
     root = args.image_root or input_folder(args.questions)
     rows = read_rows(
-        args.questions, kind="question", quarantine=quarantine, image_root=args.image_root
+        args.questions,
+        kind="question",
+        quarantine=quarantine,
+        image_root=args.image_root,
+        limit=args.limit,
     )[: args.limit]
     # before the model is loaded: is this the same run, and is anything left to do?
     sample.check_same_run(args.output, run)

@@ -193,6 +193,22 @@ def test_rows_are_a_sequence(tmp_path: Path) -> None:
     assert [one.data for one in again] == wanted
 
 
+def test_a_limit_looks_at_no_more(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"id": "bad"}, *records(5), {"id": "worse"}])
+    quarantine = Quarantine(tmp_path / "bad.jsonl", max_bad=1)
+    found = read_rows(path, kind="question", quarantine=quarantine, limit=3)
+    assert [one.data["id"] for one in found] == ["q0", "q1", "q2"]
+    assert [entry["line"] for entry in quarantined(tmp_path / "bad.jsonl")] == [1]
+
+
+def test_a_file_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said early: the whole of a large file is not looked at."""
+    monkeypatch.setattr(rowsets, "HOPELESS", 5)
+    path = write(tmp_path / "a.jsonl", records(6))
+    with pytest.raises(DataError, match=r"a\.jsonl: none of the first 5 records is a usable pair"):
+        read_rows(path, kind="pair", quarantine=Quarantine(None))
+
+
 def test_rows_are_read_in_threads(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", records(300))
     found = read_rows(path, kind="question", quarantine=Quarantine(None))
