@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from plain import noise_image
+from record_cases import QUESTION, encoded, pixels, read, row, write
 
-from cascade.evaluate import EvaluationConfig, evaluate
 from internvl.chat import load_processor
 from internvl.data import (
     Quarantine,
@@ -26,29 +19,11 @@ from internvl.data import (
     image_fault,
     portable_record,
     read_rows,
-    write_jsonl,
 )
 from internvl.encoding import Encoder
-from internvl.errors import DataError, UserError
+from internvl.errors import DataError
 from internvl.records import tidy_record
-from internvl.sampler import Completion, SampleRequest, SamplingConfig
-from internvl.tables import open_tables
-from mmpr.cli import main as mmpr
 from mmpr.sample import make_request
-from mmpr.stats import detect_kind
-
-QUESTION = {"id": "q", "question": "<image>\nHow many?", "answer": "3"}
-
-
-def encoded(seed: int, kind: str = "PNG") -> bytes:
-    """The bytes of an image file of 30 x 20 pixels."""
-    out = io.BytesIO()
-    noise_image(30, 20, seed).save(out, kind)
-    return out.getvalue()
-
-
-def pixels(image: Image.Image) -> bytes:
-    return image.tobytes()
 
 
 @pytest.fixture
@@ -56,24 +31,6 @@ def folder(tmp_path: Path) -> Path:
     for index in range(3):
         (tmp_path / f"{index}.png").write_bytes(encoded(index))
     return tmp_path
-
-
-def row(folder: Path, **fields: Any) -> Row:
-    return Row({**QUESTION, **fields}, folder / "rows.jsonl", 1, folder)
-
-
-def write(path: Path, rows: Sequence[Any]) -> Path:
-    path.write_text("".join(json.dumps(item) + "\n" for item in rows))
-    return path
-
-
-def read(path: Path, kind: Any = "question", **options: Any) -> list[Row]:
-    quarantine = Quarantine(path.with_name("quarantine.jsonl"), max_bad=100)
-    return list(read_rows(path, kind=kind, quarantine=quarantine, **options))
-
-
-def reasons(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
 
 
 # ---- images and videos of a record ----
@@ -251,197 +208,6 @@ def test_paths_stay_in_their_root(folder: Path, tmp_path_factory: pytest.TempPat
     assert "outside" in str(image_fault(row(folder, video="link")))
 
 
-# ---- Hugging Face data sets ----
-
-
-def hub_rows(folder: Path) -> list[dict[str, Any]]:
-    """One row of each kind of image cell, and two that are bad."""
-    cells: list[Any] = [
-        [{"bytes": encoded(0), "path": None}],
-        [{"bytes": None, "path": "1.png"}],
-        [{"bytes": encoded(1), "path": "1.png"}, {"bytes": encoded(2), "path": None}],
-        [],
-        [{"bytes": b"no image", "path": "x.png"}],
-        [{"bytes": None, "path": "../outside.png"}],
-    ]
-    return [
-        {"question": "<image>" * len(cell) + "How many?", "answer": ["3"], "images": cell}
-        for cell in cells
-    ]
-
-
-def check_hub_rows(rows: Sequence[Row], folder: Path, file: Path) -> None:
-    assert [(one.file, one.line) for one in rows] == [(file, n) for n in range(1, 7)]
-    quarantine = Quarantine(folder / "images.jsonl", max_bad=2)
-    good = check_images(rows, quarantine=quarantine)
-    assert [len(one.load_images()) for one in good] == [1, 1, 2, 0]
-    assert [pixels(image) for one in good for image in one.load_images()] == [
-        pixels(noise_image(30, 20, seed)) for seed in (0, 1, 1, 2)
-    ]
-    found = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
-    assert [entry["line"] for entry in found] == [5, 6]
-    assert {entry["file"] for entry in found} == {str(file)}
-    assert found[0]["row"]["image"][0]["bytes"] == {
-        "bytes": 8,
-        "sha256": hashlib.sha256(b"no image").hexdigest(),
-    }
-    assert "outside its root" in found[1]["reason"]
-
-
-@pytest.mark.parametrize("cached_from", [0, 2**40])
-def test_parquet(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, cached_from: int, tmp_path: Path
-) -> None:
-    """A file, a pattern and a folder; read into memory, or copied to Arrow in the cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    file = folder / "train-00000-of-00001.parquet"
-    rows = hub_rows(folder)
-    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=2)
-    for path in (file, folder, folder / "train-*.parquet"):
-        check_hub_rows(read(path, cached_from=cached_from), folder, file)
-        (folder / "images.jsonl").unlink()
-    copies = list((tmp_path / "cache").rglob("*.arrow"))
-    assert len(copies) == (cached_from == 0)
-    # a changed file is copied anew, and the old copy goes
-    pq.write_table(pa.Table.from_pylist(rows[:3]), file)
-    assert [one.data["id"] for one in read(file, cached_from=cached_from)] == [
-        f"train-00000-of-00001-{number}" for number in (1, 2, 3)
-    ]
-    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == len(copies)
-    assert detect_kind(file) == "question"
-
-
-def test_saved_data_set(folder: Path) -> None:
-    saved = folder / "saved"
-    data_set = datasets.Dataset.from_list(hub_rows(folder))
-    data_set.save_to_disk(saved)
-    (file,) = saved.glob("*.arrow")
-    (saved / "1.png").write_bytes(encoded(1))
-    check_hub_rows(read(saved), folder, file)
-    datasets.DatasetDict({"train": data_set, "test": data_set}).save_to_disk(folder / "splits")
-    with pytest.raises(DataError, match=r"several splits; give the folder of one: .*/splits/test"):
-        read(folder / "splits")
-    assert len(read(folder / "splits" / "train")) == 6
-
-
-def test_a_column_declared_as_images_is_not_decoded(folder: Path) -> None:
-    rows = [{"id": "a", "question": "Q", "answer": "1", "image": {"bytes": b"no", "path": None}}]
-    data_set = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
-    data_set.save_to_disk(folder / "saved")
-    data_set.to_parquet(folder / "t.parquet")
-    for path in (folder / "saved", folder / "t.parquet"):
-        (one,) = read(path)
-        assert one.images == [b"no"]
-        assert str(image_fault(one)).startswith("image of 2 bytes: not an image")
-
-
-def test_a_shuffled_data_set_is_saved_in_its_order(folder: Path) -> None:
-    rows = [{"id": n, "question": "Q", "answer": str(n)} for n in range(20)]
-    data_set = datasets.Dataset.from_list(rows).shuffle(seed=1)
-    data_set.save_to_disk(folder / "saved", num_shards=3)
-    found = read(folder / "saved")
-    assert [one.data["answer"] for one in found] == data_set["answer"]
-    assert [one.data["id"] for one in found] == [str(n) for n in data_set["id"]]
-    assert len({one.file for one in found}) == 3
-
-
-def test_columns_that_json_has_no_form_for(folder: Path) -> None:
-    import datetime
-
-    rows = [
-        {"id": "a", "question": "Q", "answer": "1", "day": datetime.date(2026, 1, 2), "blob": None},
-        {"id": "b", "question": "Q", "answer": "1", "day": None, "blob": b"\0\1"},
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "t.parquet")
-    dated, blob = read(folder / "t.parquet")
-    assert "blob" not in dated.data  # a null is an absent field
-    assert portable_record(dated, folder / "o.jsonl")["day"] == "2026-01-02"
-    with pytest.raises(DataError, match="field 'blob' holds 2 bytes, which JSON cannot hold"):
-        portable_record(blob, folder / "o.jsonl")
-    with pytest.raises(DataError, match="field 'day' cannot be written: Object of type date"):
-        write_jsonl(folder / "o.jsonl", [dated.data])
-
-
-def test_what_is_no_data_set(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "broken.parquet").write_bytes(b"PAR1 no")
-    empty = folder / "empty"
-    (empty / "data").mkdir(parents=True)
-    two = folder / "two"
-    two.mkdir()
-    for split in ("test", "train"):
-        name = f"{split}-00000-of-00001.parquet"
-        pq.write_table(pa.Table.from_pylist([QUESTION]), two / name)
-    (folder / "state").mkdir()
-    (folder / "state" / "state.json").write_text("[]")
-    monkeypatch.chdir(tmp_path)
-    for path, reason in (
-        (folder / "broken.parquet", "broken.parquet: cannot be read: "),
-        (empty, "a folder without parquet files, and not made by save_to_disk"),
-        (two, r"several splits; give one: '.*/two/test-\*\.parquet' or '.*/two/train-"),
-        (folder / "none-*.parquet", "no such files"),
-        (folder / "state", "not written by save_to_disk"),
-        (Path("owner/name"), "hub is downloaded first: hf download owner/name --repo-type"),
-        (Path("hf://datasets/owner/name"), "no such file"),
-        (folder / "gone.jsonl", r"gone\.jsonl: no such file$"),
-    ):
-        with pytest.raises(DataError, match=reason):
-            read_rows(path, kind="question", quarantine=Quarantine(None))
-
-
-def test_a_cache_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pq.write_table(pa.Table.from_pylist([QUESTION]), folder / "t.parquet")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "0.png"))
-    with pytest.raises(UserError, match=r"Set XDG_CACHE_HOME to a folder that can be written"):
-        open_tables(folder / "t.parquet", cached_from=0)
-
-
-# ---- meta.json ----
-
-
-def test_data_sets_of_a_meta_json(folder: Path) -> None:
-    """Each its own root, tile budget and number of repetitions, whatever its format."""
-    (folder / "charts").mkdir()
-    (folder / "charts" / "c.png").write_bytes(encoded(4))
-    pair = {"question": "Q", "chosen": "a", "rejected": "b"}
-    write(folder / "a.jsonl", [{**pair, "image": "c.png", "n": n} for n in range(4)])
-    pq.write_table(pa.Table.from_pylist([{**pair, "image": {"bytes": encoded(5)}}]),
-                   folder / "b.parquet")  # fmt: skip
-    meta = {
-        "a": {"root": "charts", "annotation": "a.jsonl", "repeat_time": 1.5,
-              "max_dynamic_patch": 6},
-        "b": {"annotation": "b.parquet", "repeat_time": 2, "length": 1},
-        "c": {"annotation": "a.jsonl", "repeat_time": 0},
-    }  # fmt: skip
-    (folder / "meta.json").write_text(json.dumps(meta))
-    rows = read(folder / "meta.json", "pair")
-    assert [one.data.get("n") for one in rows] == [0, 1, 2, 3, 0, 1, None, None]
-    assert [one.tile_budget(12) for one in rows] == [6] * 6 + [12] * 2
-    assert [one.data["question"] for one in rows] == ["<image>\nQ"] * 8
-    assert check_images(rows, quarantine=Quarantine(None)) is rows
-    # for another file, paths start from one folder and the budget goes along
-    record = portable_record(rows[0], folder / "out" / "o.jsonl", folder)
-    assert record["image"] == "charts/c.png"
-    assert record["max_tiles"] == 6
-
-
-def test_image_bytes_become_files(folder: Path) -> None:
-    output = folder / "out" / "rollouts.jsonl"
-    data = encoded(3, "JPEG")
-    one = row(folder, image=[{"bytes": data, "path": "x"}, "0.png"])
-    named = portable_record(one, output, write=False)
-    assert not output.parent.exists()
-    record = portable_record(one, output)
-    assert record == named
-    digest = hashlib.sha256(data).hexdigest()[:32]
-    assert record["image"][0] == f"images/{digest}.jpg"
-    assert (output.parent / record["image"][0]).read_bytes() == data
-    again = Row(json.loads(json.dumps(record)), output, 1, output.parent)
-    assert list(map(pixels, again.load_images())) == list(map(pixels, one.load_images()))
-    assert portable_record(row(folder, image=data), output)["image"] == record["image"][0]
-    with pytest.raises(DataError, match="image of 3 bytes"):
-        portable_record(row(folder, image=b"abc"), output)
-
-
 # ---- the quarantine ----
 
 
@@ -486,79 +252,3 @@ def test_rows_that_are_looked_at_when_they_are_used(folder: Path) -> None:
         "field 'answer' is NoneType, expected a string or a list of strings",
     ]
     assert image_fault(lazy[0]) == lazy[0].fault
-
-
-# ---- the commands ----
-
-
-class Fixed:
-    """A sampler that answers with the number of the question's images and its tile budget."""
-
-    name = "fixed"
-
-    def __init__(self) -> None:
-        self.asked: list[SampleRequest] = []
-
-    def sample(
-        self, requests: Sequence[SampleRequest], config: SamplingConfig, progress: bool = False
-    ) -> list[list[Completion]]:
-        self.asked += requests
-        answers = [f"Final answer: {len(r.images)}" for r in requests]
-        return [[Completion(text, (1,), (-0.5,), "stop")] * config.n for text in answers]
-
-    def update_weights(self, named_parameters: Any) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def test_from_parquet_to_pairs(
-    folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    """Rollouts of images that were bytes are read with their pictures, and go on after a kill."""
-    rows = [
-        {"id": i, "question": "How many?", "answer": str(i % 2), "image": {"bytes": encoded(i)}}
-        for i in range(4)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "charts.parquet")
-    meta = {"charts": {"annotation": "charts.parquet", "max_dynamic_patch": 6}}
-    (folder / "meta.json").write_text(json.dumps(meta))
-    sampler = Fixed()
-    monkeypatch.setattr("internvl.sampler.open_sampler", lambda *_, **__: sampler)
-    output = folder / "out" / "rollouts.jsonl"
-    command = ["sample", str(folder / "meta.json"), "--model", str(tiny_model), "--n", "2"]
-    command += ["--output", str(output)]
-    mmpr(command)
-    assert [request.max_tiles for request in sampler.asked] == [6] * 4
-    whole = output.read_bytes()
-    output.write_bytes(whole[: len(whole) // 2])  # it was killed
-    mmpr(command)
-    assert output.read_bytes() == whole
-    assert "give --image-root" not in capsys.readouterr().out
-    rollouts = read(output, "rollout")
-    assert len(rollouts) == 8
-    assert [one.tile_budget(12) for one in rollouts] == [6] * 8
-    for one in rollouts:
-        (image,) = one.load_images()
-        assert pixels(image) == pixels(noise_image(30, 20, int(one.data["id"])))
-    assert len(list((output.parent / "images").iterdir())) == 4
-    verdicts = output.with_name("verdicts.jsonl")
-    mmpr(["verify", str(output), "--output", str(verdicts)])
-    outcomes = [one.data["outcome"] for one in read(verdicts, "verdict")]
-    assert outcomes == ["wrong", "wrong", "correct", "correct"] * 2
-
-
-def test_evaluation_shows_images_that_were_bytes(folder: Path) -> None:
-    rows = [
-        {**QUESTION, "image": [{"bytes": encoded(0)}]},
-        {**QUESTION, "image": [{"path": "1.png"}], "id": "b"},
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "t.parquet")
-    sampler = Fixed()
-    evaluate(
-        read(folder / "t.parquet"), sampler, EvaluationConfig(), model="m", output=folder / "e"
-    )
-    lines = (folder / "e" / "predictions.jsonl").read_text().splitlines()
-    (stored,), (file,) = (json.loads(line)["image"] for line in lines)
-    assert Path(stored).read_bytes() == encoded(0)
-    assert Path(stored).parent == folder / "e" / "images"
-    assert file == str(folder / "1.png")
