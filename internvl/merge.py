@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +54,9 @@ def merge_adapter(
     if dtype not in DTYPES:
         known = ", ".join(DTYPES)
         raise UserError(f"{folder / 'config.json'}: dtype is {dtype!r}, expected one of {known}")
-    with whole_folder(out) as partial:
+    with _bars(progress), whole_folder(out) as partial:
         model = _with_adapter(folder, adapter)
-        _save(model, partial, dtype, progress=progress)
+        _save(model, partial, dtype)
         _copy_processor(folder, partial)
         # as the base has it, and not as today's transformers would fill it in
         write_json(partial / "config.json", config)
@@ -118,10 +120,8 @@ def _with_adapter(folder: Path, adapter: Path) -> nn.Module:
     return wrapped
 
 
-def _save(model: Any, out: Path, dtype: str, *, progress: bool) -> None:
+def _save(model: Any, out: Path, dtype: str) -> None:
     """The full weights in `dtype`, by the names that save_pretrained writes."""
-    from transformers.utils import logging
-
     from internvl import checkpoint
 
     # cast while they come: no second copy in float32
@@ -129,13 +129,21 @@ def _save(model: Any, out: Path, dtype: str, *, progress: bool) -> None:
         name: weight.detach().to(checkpoint.DTYPES[dtype])
         for name, weight in checkpoint.full_weights(model)
     }
-    shown = logging.is_progress_bar_enabled()
-    if not progress:
+    model.get_base_model().save_pretrained(out, state_dict=state)
+
+
+@contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """transformers' own progress bars (loading, writing), on or off while open."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    if not shown:
         logging.disable_progress_bar()
     try:
-        model.get_base_model().save_pretrained(out, state_dict=state)
+        yield
     finally:
-        if shown:
+        if before:
             logging.enable_progress_bar()
 
 
