@@ -13,8 +13,9 @@ What is done to which kind (8 bits a channel come out, always RGB):
     animation, several pages                         the first frame
     EXIF or XMP rotation                             applied; damaged EXIF says nothing of it
 
-Checksums are checked where the format has them (PNG); a JPEG, GIF or WebP whose bytes were changed
-but that still decodes cannot be told from another picture.
+Size limits are held against the header, before anything is decoded. Checksums are checked where the
+format has them (PNG); a JPEG, GIF or WebP whose bytes were changed but that still decodes cannot be
+told from another picture.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ _SIGNATURES = (
 )
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange width and height
 _PNG_SIGNATURE = 8
-_PNG_METADATA = {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}  # where a rotation may be written
+# text of a PNG in which a rotation may be written
+_PNG_ROTATIONS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 
 
 class _Unusable(ValueError):
@@ -87,8 +89,8 @@ def image_size(source: ImageSource) -> tuple[int, int]:
     Raises `DataError` where already the header shows that the image cannot be used.
     """
     with _opened(source) as (image, stream):
-        if image.format == "PNG" and _png_has_late_metadata(stream):
-            image.load()  # the rotation may stand behind the pixels
+        if image.format == "PNG" and _png_has_late_rotation(stream):
+            image.load()  # only so does Pillow get there
         width, height = image.size
         return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
@@ -271,12 +273,14 @@ def _check_png(stream: BinaryIO) -> None:
     stream.seek(position)
 
 
-def _png_has_late_metadata(stream: BinaryIO) -> bool:
-    """Whether a PNG has text or EXIF behind its pixels."""
+def _png_has_late_rotation(stream: BinaryIO) -> bool:
+    """Whether a PNG has EXIF or XMP behind its pixels."""
     position = stream.tell()
     pixels = late = False
     for kind, _ in _png_chunks(stream):
+        if pixels and kind in (b"tEXt", b"zTXt", b"iTXt"):
+            late = late or stream.read(24).startswith(_PNG_ROTATIONS)
+        late = late or (pixels and kind == b"eXIf")
         pixels = pixels or kind == b"IDAT"
-        late = late or (pixels and kind in _PNG_METADATA)
     stream.seek(position)
     return late

@@ -46,8 +46,8 @@ def png(width: int, height: int, depth: int, colour: int, pixels: bytes, *extra:
     pixels: the rows, each with its filter byte.
     """
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-    late = [part for part in extra if part[4:8] == b"eXIf"]
-    early = [part for part in extra if part[4:8] != b"eXIf"]
+    late = [part for part in extra if part[4:8] in (b"eXIf", b"tEXt")]
+    early = [part for part in extra if part not in late]
     body = chunk(b"IDAT", zlib.compress(pixels))
     parts = [b"\x89PNG\r\n\x1a\n", header, *early, body, *late, chunk(b"IEND", b"")]
     return b"".join(parts)
@@ -66,9 +66,6 @@ def decoded(data: bytes) -> np.ndarray:
 
 def gray(levels: np.ndarray) -> np.ndarray:
     return np.repeat(levels.astype(np.uint8)[..., None], 3, axis=-1)
-
-
-# ---------------------------------------------------------------- what comes out
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "DIB", "TIFF", "PPM", "WEBP", "JPEG2000"])
@@ -175,6 +172,10 @@ def test_a_picture_stands_as_a_viewer_shows_it(orientation: int) -> None:
         )
     late = chunk(b"eXIf", exif(orientation).tobytes()[6:])
     assert np.array_equal(decoded(png(23, 17, 8, 2, rows_of(PIXELS), late)), upright)
+    xmp = b'XML:com.adobe.xmp\0<x tiff:Orientation="%d"/>' % orientation
+    for text, wanted in ((xmp, upright), (b"Comment\0" + xmp, PIXELS)):
+        data = png(23, 17, 8, 2, rows_of(PIXELS), chunk(b"tEXt", text))
+        assert np.array_equal(decoded(data), wanted)
     jpeg = decoded(encode(PICTURE, "JPEG", exif=exif(orientation), quality=95))
     assert jpeg.shape == upright.shape
 
