@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from internvl.data import IMAGE_PLACEHOLDER
 from internvl.errors import DataError, UserError
+from internvl.folders import require_hf_layout
 from internvl.tiling import cut_images, processor_tile_size
 
 if TYPE_CHECKING:
@@ -74,8 +75,7 @@ def load_processor(path: str) -> InternVLProcessor:
     """The processor (tokenizer, image processor, chat template) of a checkpoint folder."""
     from transformers import AutoProcessor, InternVLProcessor
 
-    if not Path(path).is_dir():
-        raise UserError(f"{path}: no such folder; expected an InternVL checkpoint folder")
+    require_hf_layout(Path(path))
     try:
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from internvl.data import IMAGE_PLACEHOLDER
 from internvl.errors import DataError, UserError
+from internvl.folders import require_hf_layout
 from internvl.positions import checkpoint_step
 
 if TYPE_CHECKING:
@@ -196,13 +196,11 @@ def choose_backend(folder: Path, backend: Backend) -> Literal["vllm", "transform
     """
     if backend not in ("auto", "vllm", "transformers"):
         raise UserError(f"backend {backend!r} is not one of auto, vllm, transformers")
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"{folder}: no config.json there; expected an InternVL checkpoint folder")
+    config = require_hf_layout(folder)
     try:
-        step = checkpoint_step(json.loads(file.read_bytes()))
-    except ValueError as error:
-        raise UserError(f"{file}: {error}") from None
+        step = checkpoint_step(config)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
     if backend == "vllm" and step != 1:
         raise UserError(f"{folder}: position_step is {step:g}: {NO_V2PE}")
     if backend != "auto":

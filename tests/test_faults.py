@@ -103,7 +103,10 @@ def bad_pairs(tmp_path: Path) -> tuple[Path, list[tuple[int, str]]]:
         ({"image": "noise.png"}, f"{folder}/noise.png: not an image that is read here"),
         ({"image": "empty.png"}, f"{folder}/empty.png: empty file"),
         ({"image": "cut.png"}, f"{folder}/cut.png: corrupt image: "),
-        ({"image": "bomb.png"}, f"{folder}/bomb.png: taken for a decompression bomb: Image size (400000000 pixels)"),
+        (
+            {"image": "bomb.png"},
+            f"{folder}/bomb.png: taken for a decompression bomb: Image size (400000000 pixels)",
+        ),
         ({"image": "gone.png"}, f"{folder}/gone.png: no such image"),
         ({"image": "../secret.png"}, f"{folder}/../secret.png: outside its root {folder}"),
         ({"image": "link.png"}, f"{folder}/link.png: outside its root {folder}"),
@@ -249,7 +252,11 @@ CASES: list[tuple[str, Any, str]] = [
     ("sft", {"train_file": ""}, "train_file is missing: the JSONL (or meta.json) of conv"),
     ("sft", {"train_file": f"{NOT_HERE}.jsonl"}, f"{NOT_HERE}.jsonl: no such file"),
     ("mpo", {"eval_file": f"{NOT_HERE}.jsonl"}, f"{NOT_HERE}.jsonl: no such file"),
-    ("sft", {"model_name_or_path": NOT_HERE}, f"{NOT_HERE}: no such folder; expected an InternVL"),
+    (
+        "sft",
+        {"model_name_or_path": NOT_HERE},
+        f"{NOT_HERE}: no config.json there; expected",
+    ),
     ("rl", {"num_generations": 1}, "num_generations is 1; a group needs at least 2"),
     ("rl", {"sampler": "magic"}, "sampler is 'magic': 'auto', 'vllm' or 'transformers'"),
     ("rl", {"max_steps": -1}, "max_steps is missing: the number of optimizer steps"),
@@ -333,8 +340,8 @@ def test_a_folder_that_is_no_checkpoint(command: Command, tiny_world: Path, tmp_
     )
     options = {"train_file": str(tiny_world / "sft.jsonl"), "output_dir": out}
     for model, message in (
-        (tiny_world, f"error: {tiny_world}: no processor can be loaded from it: "),
-        (tmp_path, f"error: {tmp_path}: no processor can be loaded from it: "),
+        (tiny_world, f"error: {tiny_world}: no config.json there; expected an InternVL"),
+        (tmp_path, f"error: {tmp_path}/config.json: model_type is None, expected 'internvl' or"),
     ):
         config = write_config(tmp_path, {**options, "model_name_or_path": str(model)})
         assert command("sft", "--config", config).error.startswith(message)
