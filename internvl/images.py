@@ -79,6 +79,8 @@ def load_image(source: ImageSource) -> Image.Image:
         turn = _turns().get(_orientation(image))
         if turn is not None:
             picture = picture.transpose(turn)
+        if picture is image and image.format != "JPEG":
+            picture = image.copy()  # free of its file; a JPEG already is, and is large
     picture.info = {}
     return picture
 

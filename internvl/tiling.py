@@ -144,23 +144,30 @@ def _narrow(image: Image.Image, columns: int, size: int) -> torch.Tensor:
     One block a column of the grid, then the thumbnail's (in a grid of one column it is the same).
     The fourth channel is Pillow's padding: carrying it along is cheaper than packing three.
     """
-    import pyarrow
-    import torch
-
     width, height = image.size
     step = max(1, _STRIP_PIXELS // width)
     blocks = _empty(columns + (columns > 1), height, size, 4)
     for top in range(0, height, step):
         bottom = min(height, top + step)
-        strip = pyarrow.array(image.crop((0, top, width, bottom)))  # Pillow's own memory
-        pixels = torch.from_dlpack(strip.flatten()).view(1, bottom - top, width, 4)
-        pixels = pixels.permute(0, 3, 1, 2)
+        strip = image.crop((0, top, width, bottom))
+        pixels = _memory(strip).view(1, bottom - top, width, 4).permute(0, 3, 1, 2)
         grid = _resize(pixels, bottom - top, columns * size)[0].permute(1, 2, 0)
         by_column = grid.reshape(bottom - top, columns, size, 4).permute(1, 0, 2, 3)
         blocks[:columns, top:bottom] = by_column
         if columns > 1:
             blocks[columns, top:bottom] = _resize(pixels, bottom - top, size)[0].permute(1, 2, 0)
     return blocks
+
+
+def _memory(strip: Image.Image) -> torch.Tensor:
+    """A picture's own memory, without a copy: uint8 [H * W * 4]."""
+    import pyarrow
+    import torch
+
+    try:
+        return torch.from_dlpack(pyarrow.array(strip).flatten())
+    except ValueError:  # it lies in several blocks (a small PILLOW_BLOCK_SIZE): a copy, then
+        return torch.frombuffer(bytearray(strip.tobytes("raw", "RGBX")), dtype=torch.uint8)
 
 
 def _empty(*shape: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import re
 import struct
 import zlib
@@ -61,7 +62,10 @@ def rows_of(values: np.ndarray) -> bytes:
 def decoded(data: bytes) -> np.ndarray:
     image = load_image(data)
     assert image.mode == "RGB" and not image.info and image_size(data) == image.size
-    return np.asarray(image)
+    pixels = np.asarray(image)
+    assert np.array_equal(np.asarray(ImageOps.exif_transpose(image)), pixels)  # not turned again
+    assert np.array_equal(np.asarray(pickle.loads(pickle.dumps(image))), pixels)
+    return pixels
 
 
 def gray(levels: np.ndarray) -> np.ndarray:
@@ -195,9 +199,6 @@ def test_of_an_animation_the_first_frame(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     assert (decoded(data) == colours[0]).all()
-
-
-# ---------------------------------------------------------------- what is refused, and why
 
 
 def bmp_header(width: int, height: int) -> bytes:
