@@ -24,14 +24,14 @@ No code of a checkpoint is ever run: config.json and tensors are read, names are
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from internvl.convert import convert
+    from internvl.conversion.convert import convert
 
     convert(args.source, args.output, to=args.to, allow_pickle=args.allow_pickle)
     print(f"{args.output}: written in the {args.to} layout")
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from internvl.merge import merge_adapter
+    from internvl.conversion.merge import merge_adapter
 
     merge_adapter(args.adapter, args.output, base=args.base)
     print(f"{args.output}: base and adapter in one")

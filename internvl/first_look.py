@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internvl.data import IMAGE_PLACEHOLDER, Row
+from internvl.data.records import VIDEO_PLACEHOLDER
 from internvl.errors import UserError
 from internvl.folders import require_hf_layout
-from internvl.records import VIDEO_PLACEHOLDER
 
 if TYPE_CHECKING:
     from internvl.sampler import Backend

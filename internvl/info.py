@@ -225,7 +225,7 @@ def read_config(folder: Path) -> tuple[InternVLConfig, str]:
     """
     from transformers import InternVLConfig
 
-    from internvl.published import chat_is_tied, hf_config
+    from internvl.conversion.published import chat_is_tied, hf_config
 
     raw = read_config_json(folder)
     if raw["model_type"] == HF_TYPE:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from internvl.data import Kind, open_source
+from internvl.data.records import list_images
 from internvl.errors import DataError
-from internvl.records import list_images
 
 
 def detect_kind(path: Path) -> Kind:

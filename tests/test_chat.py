@@ -23,10 +23,10 @@ from internvl.chat import (
     normalize_tiles,
     render_prompt,
 )
+from internvl.conversion.processors import make_processor
 from internvl.data import Kind, Row
 from internvl.encoding import Encoder
 from internvl.errors import DataError
-from internvl.processors import make_processor
 from internvl.sampler import SampleRequest, SamplingConfig, open_sampler
 
 THINKING = "You are an AI assistant. Put your thoughts into <think> </think>."

@@ -22,7 +22,7 @@ from published import FAMILIES, load_weights, make_published
 from published_forward import published_logits
 
 from internvl.checkpoint import load_model
-from internvl.convert import convert
+from internvl.conversion.convert import convert
 from internvl.errors import UserError
 from internvl.model import plain_attention
 
@@ -293,7 +293,7 @@ def test_a_conversion_that_dies_leaves_no_folder(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("internvl.shards.write_weights", killed)
+        patch.setattr("internvl.conversion.shards.write_weights", killed)
         with pytest.raises(KeyboardInterrupt):
             convert(tmp_path / "chat", out, to="hf", progress=False)
     assert not out.exists()
@@ -316,7 +316,7 @@ def test_a_killed_process_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     )
     hollow_weights(tmp_path / "chat")
     code = (
-        "import sys; from internvl.convert import convert; "
+        "import sys; from internvl.conversion.convert import convert; "
         "convert(sys.argv[1], sys.argv[2], to='hf', progress=False)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "chat"), str(tmp_path / "hf")]

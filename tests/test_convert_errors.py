@@ -11,7 +11,7 @@ import pytest
 import torch
 from published import load_weights, make_published, save_weights
 
-from internvl.convert import convert
+from internvl.conversion.convert import convert
 from internvl.errors import UserError
 
 

@@ -23,9 +23,9 @@ from published import FAMILIES, make_published
 from published_tokenizers import TEXTS
 
 from internvl.chat import encode_prompt, load_processor
-from internvl.convert import convert
+from internvl.conversion.convert import convert
+from internvl.conversion.internlm2 import fast_tokenizer
 from internvl.errors import UserError
-from internvl.internlm2 import fast_tokenizer
 
 SYSTEM_2 = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的"

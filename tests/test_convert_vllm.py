@@ -20,7 +20,7 @@ from torch import Tensor
 
 from internvl.chat import forbidden_token_ids, load_processor, normalize_tiles, render_prompt
 from internvl.checkpoint import load_model
-from internvl.convert import convert
+from internvl.conversion.convert import convert
 from internvl.data import Row
 from internvl.encoding import Encoder
 from internvl.packing import pack

@@ -14,9 +14,9 @@ from published import load_weights, make_published
 
 from internvl.chat import load_processor
 from internvl.checkpoint import full_weights, load_model
-from internvl.convert import convert
+from internvl.conversion.convert import convert
+from internvl.conversion.merge import merge_adapter
 from internvl.errors import UserError
-from internvl.merge import merge_adapter
 
 LANGUAGE = r".*language_model.*\.(q_proj|v_proj|down_proj)"
 

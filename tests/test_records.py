@@ -20,9 +20,9 @@ from internvl.data import (
     portable_record,
     read_rows,
 )
+from internvl.data.records import tidy_record
 from internvl.encoding import Encoder
 from internvl.errors import DataError
-from internvl.records import tidy_record
 from mmpr.sample import make_request
 
 

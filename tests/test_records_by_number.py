@@ -20,12 +20,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import noise_image
 
-from internvl import checks, lines, rows, rowsets
 from internvl.chat import load_processor
-from internvl.checks import Ranks, find_faults
-from internvl.data import DataError, Quarantine, Row, Rows, Selection, read_rows, usable_rows
+from internvl.data import (
+    DataError,
+    Quarantine,
+    Row,
+    Rows,
+    Selection,
+    checks,
+    lines,
+    read_rows,
+    rows,
+    rowsets,
+    usable_rows,
+)
+from internvl.data.checks import Ranks, find_faults
+from internvl.data.lines import find_lines, open_lines
 from internvl.encoding import Encoder
-from internvl.lines import find_lines, open_lines
 
 PIECES = [
     b"\n",

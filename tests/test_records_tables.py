@@ -25,9 +25,9 @@ from internvl.data import (
     read_rows,
     write_jsonl,
 )
+from internvl.data.tables import open_tables
 from internvl.errors import DataError, UserError
 from internvl.sampler import Completion, SampleRequest, SamplingConfig
-from internvl.tables import open_tables
 from mmpr.cli import main as mmpr
 from mmpr.stats import detect_kind
 

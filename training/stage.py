@@ -13,7 +13,6 @@ from transformers import InternVLProcessor, set_seed
 
 from internvl.chat import load_processor
 from internvl.checkpoint import load_model
-from internvl.checks import Faults, Ranks
 from internvl.data import (
     Kind,
     Quarantine,
@@ -24,6 +23,7 @@ from internvl.data import (
     usable_rows,
     write_json,
 )
+from internvl.data.checks import Faults, Ranks
 from internvl.encoding import Encoder
 from internvl.errors import UserError
 from internvl.model import InternVLForConditionalGeneration

@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from internvl.data.quarantine import json_value
+from internvl.data.rows import Row
 from internvl.errors import DataError
 from internvl.images import FORMATS
-from internvl.quarantine import json_value
-from internvl.rows import Row
 
 IMAGES_FOLDER = "images"  # beside the output
 _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif", "DIB": "bmp"}

@@ -3,11 +3,10 @@
     convert("InternVL3-1B", "ckpt", to="hf")       InternVLChatModel -> what everything here loads
     convert("ckpt", "release", to="chat")          and back, byte for byte where nothing changed
 
-config.json and the headers of the weights are read, names and settings mapped (internvl.layouts,
-internvl.published, internvl.processors), and tensors copied as byte ranges (internvl.shards), so a
-model of any size converts within a few megabytes beyond its processor. The folder appears under its
-name when it is complete: a conversion that was killed leaves `.NAME.partial` only, which the next
-one removes.
+config.json and the headers of the weights are read, names and settings mapped (layouts, published,
+processors, beside this file), and tensors copied as byte ranges (shards), so a model of any size
+converts within a few megabytes beyond its processor. The folder appears under its name when it is
+complete: a conversion that was killed leaves `.NAME.partial` only, which the next one removes.
 """
 
 from __future__ import annotations
@@ -22,12 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from internvl.conversion.shards import (
+    MAX_SHARD_BYTES,
+    Segment,
+    Target,
+    TensorInfo,
+    Weights,
+    open_weights,
+)
 from internvl.errors import UserError
 from internvl.folders import CHAT_TYPE, read_config_json
-from internvl.shards import MAX_SHARD_BYTES, Segment, Target, TensorInfo, Weights, open_weights
 
 if TYPE_CHECKING:
-    from internvl.layouts import Shapes
+    from internvl.conversion.layouts import Shapes
 
 _LAYOUT_NAMES = {"hf": "HF-native", "chat": "published custom-code"}
 
@@ -79,7 +85,7 @@ def convert(
 def _write(
     targets: list[Target], partial: Path, weights: Weights, max_shard_bytes: int, progress: bool
 ) -> None:
-    from internvl.shards import write_weights
+    from internvl.conversion.shards import write_weights
 
     needed = sum(target.info.nbytes for target in targets)
     free = shutil.disk_usage(partial).free
@@ -126,9 +132,19 @@ def _note(text: str) -> None:
 
 def _to_hf(source: _Source, out: Path) -> list[Target]:
     """Write everything but weights; returns what the weights are made of."""
-    from internvl.layouts import hf_shapes, plan_to_hf
-    from internvl.originals import check_unchanged, keep_originals, read_record, restore_originals
-    from internvl.published import check_chat_config, dimensions, language_model, unknown_keys
+    from internvl.conversion.layouts import hf_shapes, plan_to_hf
+    from internvl.conversion.originals import (
+        check_unchanged,
+        keep_originals,
+        read_record,
+        restore_originals,
+    )
+    from internvl.conversion.published import (
+        check_chat_config,
+        dimensions,
+        language_model,
+        unknown_keys,
+    )
 
     check_chat_config(source.config)
     for key in unknown_keys(source.config):
@@ -154,8 +170,8 @@ def _to_hf(source: _Source, out: Path) -> list[Target]:
 
 def _find_tied_head(source: _Source) -> _Source:
     """Note a stored head that is the embeddings; refuse one that should be and is not."""
-    from internvl.layouts import EMBEDDINGS, HEAD, INTERNLM2_HEAD
-    from internvl.published import chat_is_tied
+    from internvl.conversion.layouts import EMBEDDINGS, HEAD, INTERNLM2_HEAD
+    from internvl.conversion.published import chat_is_tied
 
     head = next((name for name in (HEAD, INTERNLM2_HEAD) if name in source.weights.tensors), None)
     if head is None or not chat_is_tied(source.config):
@@ -185,9 +201,9 @@ def _same_bytes(weights: Weights, one: str, other: str) -> bool:
 
 def _new_hf_files(source: _Source, out: Path) -> dict[str, Any]:
     """Processor, generation settings and config.json of a published folder; returns the config."""
-    from internvl.layouts import HEAD, INTERNLM2_HEAD
-    from internvl.processors import make_processor
-    from internvl.published import chat_is_tied, hf_config
+    from internvl.conversion.layouts import HEAD, INTERNLM2_HEAD
+    from internvl.conversion.processors import make_processor
+    from internvl.conversion.published import chat_is_tied, hf_config
 
     processor = make_processor(source.folder, source.config)
     tokenizer = processor.tokenizer
@@ -226,9 +242,14 @@ def _copy_of_embeddings(name: str, targets: list[Target]) -> Target:
 
 def _to_chat(source: _Source, out: Path) -> list[Target]:
     """Write everything but weights; returns what the weights are made of."""
-    from internvl.layouts import hf_shapes, plan_to_chat
-    from internvl.originals import check_unchanged, keep_originals, read_record, restore_originals
-    from internvl.published import dimensions, language_model
+    from internvl.conversion.layouts import hf_shapes, plan_to_chat
+    from internvl.conversion.originals import (
+        check_unchanged,
+        keep_originals,
+        read_record,
+        restore_originals,
+    )
+    from internvl.conversion.published import dimensions, language_model
 
     record = read_record(source.folder)
     shapes = hf_shapes(source.config)
@@ -250,7 +271,7 @@ def _to_chat(source: _Source, out: Path) -> list[Target]:
 
 def _drop_tied_copy(source: _Source, shapes: Shapes) -> tuple[_Source, Shapes]:
     """A tied model's head that was stored all the same, as some tools do."""
-    from internvl.layouts import EMBEDDINGS, HEAD, hf_name
+    from internvl.conversion.layouts import EMBEDDINGS, HEAD, hf_name
 
     actual = {hf_name(name): name for name in source.weights.tensors}
     if HEAD in shapes or HEAD not in actual:
@@ -265,8 +286,8 @@ def _drop_tied_copy(source: _Source, shapes: Shapes) -> tuple[_Source, Shapes]:
 
 def _new_chat_files(source: _Source, out: Path) -> dict[str, Any]:
     """Tokenizer and config.json for a model that never was in the published layout."""
-    from internvl.processors import published_processor
-    from internvl.published import chat_config
+    from internvl.conversion.processors import published_processor
+    from internvl.conversion.published import chat_config
 
     template, tiles, notes = published_processor(source.folder, source.config, out)
     chat = chat_config(source.config, template=template, tiles=tiles)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from internvl.cache import CACHED_FROM, cached_file, file_stamp
+from internvl.data.cache import CACHED_FROM, cached_file, file_stamp
 from internvl.errors import DataError
 
 if TYPE_CHECKING:

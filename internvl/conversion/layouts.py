@@ -20,8 +20,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from internvl.conversion.shards import Segment, Target, TensorInfo
 from internvl.errors import UserError
-from internvl.shards import Segment, Target, TensorInfo
 
 Shapes = dict[str, tuple[int, ...]]
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"

@@ -16,13 +16,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
-from internvl import records
-from internvl.cache import CACHED_FROM, cached_file
+from internvl.data import records
+from internvl.data.cache import CACHED_FROM, cached_file
+from internvl.data.quarantine import Quarantine
+from internvl.data.records import Kind, find_fault, record_key, tidy_record
+from internvl.data.rows import Row
+from internvl.data.sources import DataSet, Source, open_data_sets
 from internvl.errors import DataError
-from internvl.quarantine import Quarantine
-from internvl.records import Kind, find_fault, record_key, tidy_record
-from internvl.rows import Row
-from internvl.sources import DataSet, Source, open_data_sets
 
 HOPELESS = 100_000  # records of which not one is good
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from internvl.data.quarantine import Quarantine, json_value
+from internvl.data.records import Kind, RecordFault
+from internvl.data.rows import Row, image_fault
+from internvl.data.rowsets import Selection
 from internvl.errors import DataError
-from internvl.quarantine import Quarantine, json_value
-from internvl.records import Kind, RecordFault
-from internvl.rows import Row, image_fault
-from internvl.rowsets import Selection
 
 if TYPE_CHECKING:
     from internvl.encoding import Encoder

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from internvl.conversion.shards import read_json
 from internvl.errors import UserError
-from internvl.shards import read_json
 
 FOLDER, RECORD = "original", "conversion.json"
 FORMAT = 1

@@ -12,10 +12,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from internvl.cache import CACHED_FROM
+from internvl.data.cache import CACHED_FROM
+from internvl.data.lines import Lines, open_lines
+from internvl.data.tables import Table, open_tables
 from internvl.errors import DataError
-from internvl.lines import Lines, open_lines
-from internvl.tables import Table, open_tables
 
 _SHOWN_BYTES = 500  # of a line that is not JSON
 _HUB_NAME = re.compile(r"(hf://(datasets/)?)?[\w.-]+/[\w.-]+")

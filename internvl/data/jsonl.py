@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from internvl.data.quarantine import json_value
 from internvl.errors import DataError
-from internvl.quarantine import json_value
 
 
 def dump_line(record: dict[str, Any]) -> str:

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from internvl.errors import DataError
-from internvl.images import ImageSource, image_size, load_image
-from internvl.records import (
+from internvl.data.records import (
     DEFAULT_FRAMES,
     IMAGE_PLACEHOLDER,
     VIDEO_PLACEHOLDER,
     list_images,
     video_name,
 )
+from internvl.errors import DataError
+from internvl.images import ImageSource, image_size, load_image
 
 if TYPE_CHECKING:
     from PIL import Image

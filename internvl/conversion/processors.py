@@ -1,7 +1,7 @@
 """The processor of a converted checkpoint: its tokenizer, image settings and chat template.
 
 A published folder's tokenizer is read without its remote code: tokenizer.json where there is one,
-the classes of transformers for Qwen's and LLaMA's files, `internvl.internlm2` for InternLM2's.
+the classes of transformers for Qwen's and LLaMA's files, our own (internlm2) for InternLM2's.
 The tokenizer that is written adds no token at either end: where the published one puts a bos token
 before a prompt, the chat template writes it, so that trainer and engine see it once.
 """
@@ -14,10 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internvl.errors import UserError
-from internvl.published import Config, image_seq_length, tile_range
-from internvl.shards import read_json
-from internvl.templates import (
+from internvl.conversion.published import Config, image_seq_length, tile_range
+from internvl.conversion.shards import read_json
+from internvl.conversion.templates import (
     DEFAULT_CONVERSATION,
     END_OF_TURN,
     IMAGE_CONTEXT,
@@ -26,6 +25,7 @@ from internvl.templates import (
     conversation,
     template_name,
 )
+from internvl.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -118,7 +118,7 @@ def _backend(source: Path, settings: dict[str, Any]) -> tuple[Tokenizer, bool]:
     """The `tokenizers` object, adding nothing at either end, and whether the original adds bos."""
     kind = str(settings.get("tokenizer_class"))
     if kind.startswith(_INTERNLM2_CLASS):
-        from internvl.internlm2 import fast_tokenizer
+        from internvl.conversion.internlm2 import fast_tokenizer
 
         backend = fast_tokenizer(source / "tokenizer.model", _added_tokens(source, settings))
         if settings.get("add_eos_token", False):

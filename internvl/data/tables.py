@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internvl.cache import CACHED_FROM, cached_file
+from internvl.data.cache import CACHED_FROM, cached_file
 from internvl.errors import DataError
 
 if TYPE_CHECKING:

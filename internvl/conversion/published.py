@@ -2,7 +2,7 @@
 
 Every key is mapped, or refused by name where transformers' InternVL would compute something else,
 or of no effect on the result (training switches, generation defaults of old transformers). Nothing
-is lost either way: `internvl.convert` keeps the other layout's files beside the converted ones.
+is lost either way: `convert` keeps the other layout's files beside the converted ones.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from internvl.conversion.layouts import Dimensions
 from internvl.errors import UserError
-from internvl.layouts import Dimensions
 
 Config = dict[str, Any]
 

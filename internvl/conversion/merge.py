@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internvl.convert import whole_folder, write_json
+from internvl.conversion.convert import whole_folder, write_json
+from internvl.conversion.originals import FOLDER
+from internvl.conversion.processors import TOKENIZER_FILES
+from internvl.conversion.published import DTYPES
+from internvl.conversion.shards import read_json
 from internvl.errors import UserError
 from internvl.folders import require_hf_layout
-from internvl.originals import FOLDER
-from internvl.processors import TOKENIZER_FILES
-from internvl.published import DTYPES
-from internvl.shards import read_json
 
 if TYPE_CHECKING:
     from torch import nn
