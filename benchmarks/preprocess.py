@@ -6,7 +6,12 @@
 The JPEGs are photographs drawn from a seed (gradients, textures at several scales, text, sensor
 noise), 4000x3000, quality 90, at 1 to 12 tiles. Each side has a process of its own, as what one
 leaves in the allocator decides what the other pays in page faults; they run in turns, on one
-thread, and CPU time is taken, which on a free core is wall time. Medians over the rounds.
+thread, one tile count after the other, and CPU time is taken, which on a free core is wall time.
+Medians over the rounds. What is saved is mostly memory that is never asked for: three arrays of the
+whole picture. So the ratio depends on what such memory costs: 1.6 to 1.7 (`bare` 1.3 to 1.4) was
+seen on a virtual machine with glibc's defaults, 1.3 to 1.5 there with the tile counts mixed, and
+1.26 (1.06) with MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000, where no memory is ever given
+back: then decoding is all that counts.
 
     ours           load_image + cut_images: EXIF rotation, RGB, uint8 tiles (the device normalises)
     transformers   its image_utils.load_image (the same: rotation, RGB) + the processor as it comes,
@@ -25,6 +30,7 @@ one path, the exact one, and it must be 0. `float_difference` compares the norma
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -131,19 +137,19 @@ def time_sides(
     for side in SIDES:
         pipes[side], end = context.Pipe()
         context.Process(target=serve, args=(side, end), daemon=True).start()
-    medians = {}
-    for tiles in tile_counts:
-        seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-        for turn in range(rounds + len(paths)):
-            for side, pipe in pipes.items():
-                pipe.send((paths[turn % len(paths)], tiles))
-                taken = pipe.recv()
-                if turn >= len(paths):  # every file once, to warm up
-                    seconds[side].append(taken)
-        medians[tiles] = {side: statistics.median(values) for side, values in seconds.items()}
+    seconds = {tiles: {side: list[float]() for side in SIDES} for tiles in tile_counts}
+    for tiles, turn in itertools.product(tile_counts, range(rounds + len(paths))):
+        for side, pipe in pipes.items():
+            pipe.send((paths[turn % len(paths)], tiles))
+            taken = pipe.recv()
+            if turn >= len(paths):  # every file once, to warm up
+                seconds[tiles][side].append(taken)
     for pipe in pipes.values():
         pipe.send(None)
-    return medians
+    return {
+        tiles: {side: statistics.median(values) for side, values in line.items()}
+        for tiles, line in seconds.items()
+    }
 
 
 def differences(path: Path, max_tiles: int) -> tuple[int, float, int]:
