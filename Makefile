@@ -10,7 +10,7 @@ JOBS ?= 2
 
 BIN := .venv/bin
 PACKAGES := $(wildcard internvl training sft mpo rl mmpr rewards cascade)
-SOURCES := $(PACKAGES) $(wildcard examples scripts tests)
+SOURCES := $(PACKAGES) $(wildcard benchmarks examples scripts tests)
 
 # Two test processes share the cores (and one thread makes results repeatable); no test needs the
 # network, so a look-up that would wait for it fails at once.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from published import make_published
 
 from internvl.checkpoint import checksum, load_model
 from internvl.cli import main
+from sft.__main__ import main as train_sft
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,29 @@ def test_there_and_back(
     ]
     again = fails(capsys, "convert", published, tmp_path / "hf", "--to", "hf")
     assert again == f"{tmp_path}/hf: is not empty; give a new folder, or remove it first"
+
+
+def test_in_trained_and_out_again(
+    published: Path, chart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a published checkpoint came with survives training; only the weights are others."""
+    main(["convert", str(published), str(tmp_path / "hf"), "--to", "hf"])
+    turns = [{"from": "human", "value": "How high?"}, {"from": "gpt", "value": "7"}]
+    row = {"id": "a", "image": chart.name, "conversations": turns}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    words = {"model_name_or_path": "hf", "train_file": "rows.jsonl", "output_dir": "trained"}
+    words |= {"max_steps": "1", "learning_rate": "0.1", "use_cpu": "true", "report_to": "none"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sft", *(w for k, v in words.items() for w in (f"--{k}", v))])
+    train_sft()
+    main(["convert", "trained", "chat", "--to", "chat"])
+    for file in published.iterdir():
+        if file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
+            assert (tmp_path / "chat" / file.name).read_bytes() == file.read_bytes()
+    main(["convert", "chat", "again", "--to", "hf"])
+    trained, again, before = (load_model(tmp_path / name) for name in ("trained", "again", "hf"))
+    assert checksum(again.named_parameters()) == checksum(trained.named_parameters())
+    assert checksum(before.named_parameters()) != checksum(trained.named_parameters())
 
 
 def test_info_of_both_layouts(

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import Trainer
 
 from internvl.checkpoint import checksum, load_weights
+from internvl.conversion.originals import carry_originals
 from internvl.errors import UserError
 from internvl.model import InternVLForConditionalGeneration
 from training import checkpoints, refusals
@@ -163,4 +165,8 @@ class ResumableTrainer(Trainer):
         self.save_model()
         self.save_state()
         if self.is_world_process_zero():
+            base = self.accelerator.unwrap_model(self.model)
+            # an adapter gets its base's when it is merged; a model made in memory has none
+            if not isinstance(base, PeftModel) and base.name_or_path:
+                carry_originals(Path(base.name_or_path), output_dir)
             print(f"{output_dir}: saved after {self.state.global_step} steps")

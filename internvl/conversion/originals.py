@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+import sys
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,43 @@ def restore_originals(source: Path, out: Path) -> None:
     for path in sorted((source / FOLDER).iterdir()):
         if path.name != RECORD:
             shutil.copyfile(path, out / path.name)
+
+
+def carry_originals(source: Path, out: Path) -> None:
+    """Give `out`, whose weights were trained from those of `source`, what its conversion kept.
+
+    So a trained checkpoint converts back to the very files that it came with; the weights' dtype
+    may be another. Where the configuration no longer describes the same model (another position
+    step, say) nothing is carried and a line says so.
+    """
+    record = read_record(source)
+    if record is None:
+        return
+    config = read_json(out / "config.json")
+    if _meaning(config) != _meaning(record.config):
+        print(
+            f"note: {out} is not the model that {source / FOLDER} describes; it converts to the "
+            "published layout by its config.json alone",
+            file=sys.stderr,
+        )
+        return
+    partial = out / f".{FOLDER}.partial"
+    for old in (partial, out / FOLDER):
+        if old.exists():
+            shutil.rmtree(old)
+    shutil.copytree(source / FOLDER, partial)
+    content = {"format": FORMAT, **asdict(replace(record, config=config))}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    (partial / RECORD).write_text(text, encoding="utf-8")
+    partial.rename(out / FOLDER)
+
+
+def _meaning(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with its defaults, without what says nothing of the model."""
+    from transformers import InternVLConfig
+
+    full = InternVLConfig.from_dict(dict(config)).to_dict()
+    for part in (full, full["text_config"], full["vision_config"]):
+        for key in ("transformers_version", "dtype", "use_cache", "_name_or_path"):
+            part.pop(key, None)
+    return full
