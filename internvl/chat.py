@@ -248,9 +248,15 @@ def _encode_after(processor: InternVLProcessor, before: str, text: str) -> list[
     A SentencePiece tokenizer puts a space before a text that stands alone. A token never spans the
     two: what was given to the sampler ends there.
     """
-    head = encode_text(processor, before)
+    head = _opening_ids(processor.tokenizer, before)
     ids = encode_text(processor, before + text)
     return ids[len(head) :] if ids[: len(head)] == head else encode_text(processor, text)
+
+
+@lru_cache(maxsize=64)
+def _opening_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of what stands before a text: the same few words in every row."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def encode_reply(processor: InternVLProcessor, opening: str, text: str) -> list[int]:

@@ -71,6 +71,17 @@ def change(folder: Path, key: str, value: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def test_a_v2pe_checkpoint_keeps_its_step(tmp_path: Path) -> None:
+    changes = {"rope_pos_id_version": "v2pe_fix", "rope_pos_id_stride": 64}
+    make_published(tmp_path / "chat", "qwen2", changes=changes)
+    convert(tmp_path / "chat", tmp_path / "hf", to="hf", progress=False)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["position_step"] == 0.25
+    change(tmp_path / "chat", "rope_pos_id_stride", 100)
+    refused(tmp_path, r"rope_pos_id_stride is 100: expected 256, 128")
+    change(tmp_path / "chat", "rope_pos_id_version", "v2pe_rnd")
+    refused(tmp_path, r"rope_pos_id_version is 'v2pe_rnd': only 'v2pe_fix'")
+
+
 def test_what_only_some_models_have_is_refused_by_name(tmp_path: Path) -> None:
     make_published(tmp_path / "chat", "vit6b", changes={"vision_config.layer_norm_eps": 1e-5})
     refused(tmp_path, r"vision_config.layer_norm_eps is 1e-05: with qk_normalization only 1e-06")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from internvl.conversion.layouts import Dimensions
+from internvl.positions import POSITION_STEPS
 from internvl.errors import UserError
 
 Config = dict[str, Any]
@@ -46,8 +47,8 @@ _NO_EFFECT = {
     *("model_type", "output_attentions", "transformers_version"),
 }
 _READ = {
-    *("dtype", "llm_config", "system_message", "template", "tie_word_embeddings"),
-    *("torch_dtype", "vision_config"),
+    *("dtype", "llm_config", "rope_pos_id_stride", "rope_pos_id_version", "system_message"),
+    *("template", "tie_word_embeddings", "torch_dtype", "vision_config"),
 }
 _VISION_DEFAULTS: Config = {
     "attention_dropout": 0.0,
@@ -117,7 +118,22 @@ def hf_config(chat: Config, *, image_token_id: int, eos_id: int, pad_id: int, ti
         eos_token_id=eos_id,
         pad_token_id=pad_id,
     )
-    return dict(config.to_diff_dict())
+    step = position_step(chat)
+    return {**config.to_diff_dict(), **({} if step == 1 else {"position_step": step})}
+
+
+def position_step(chat: Config) -> float:
+    """How far a visual token moves the position on (V2PE's delta): the published stride / 256."""
+    keys = ("rope_pos_id_version", "rope_pos_id_stride")
+    version, stride = (chat.get(key, chat["llm_config"].get(key)) for key in keys)
+    if version in (None, "default"):
+        return 1.0
+    steps = {256 * step: step for step in POSITION_STEPS}
+    if version != "v2pe_fix":
+        refuse(keys[0], version, "only 'v2pe_fix' (and 'default') says what holds at inference")
+    if stride not in steps:
+        refuse(keys[1], stride, "expected 256, 128, 64, ... or 1: 256 times V2PE's delta")
+    return steps[stride]
 
 
 def check_chat_config(chat: Config) -> None:
