@@ -144,7 +144,7 @@ def test_duplicates_count_once():
     assert len(pairs) == 1 and report.left_out["duplicate completion"] == 8
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     correct=st.integers(1, 12), wrong=st.integers(1, 12), limit=st.integers(1, 15),
     seed=st.integers(0, 99),

@@ -98,7 +98,7 @@ def test_lengths_are_known_before_encoding(cases: Cases, tmp_path: Path) -> None
 
 
 @given(places=st.lists(st.integers(0, 3), min_size=6, max_size=6))
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.differing_executors])
 def test_any_split_gives_the_same_gradients(cases: Cases, places: list[int]) -> None:
     whole = packed_loss(cases, pack(cases.examples), 12)
     whole.backward()

@@ -287,7 +287,7 @@ TEXT = st.text(
 RULES = sorted(set(TABLE) - {"math"})  # math-verify is too slow for a property
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(completion=TEXT, gold=TEXT, style=st.sampled_from(STYLES), matcher=st.sampled_from(RULES))
 def test_no_input_raises(completion, gold, style, matcher):
     verdict = verify(completion, gold, style=style, matcher=matcher)
@@ -296,7 +296,7 @@ def test_no_input_raises(completion, gold, style, matcher):
     assert verdict.score is None or 0 <= verdict.score <= 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=TEXT, matcher=st.sampled_from(sorted(TABLE)))
 def test_a_text_matches_itself_or_means_nothing(text, matcher):
     if matcher == "math" and danger(text) is None:
@@ -305,7 +305,7 @@ def test_a_text_matches_itself_or_means_nothing(text, matcher):
         assert MATCHERS[matcher](text, text, None) == 1.0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     answer=st.sampled_from(["9", "red", "B", "-3.5", "12 cm", "\\frac{1}{2}"]),
     around=st.sampled_from(["{}", "**{}**", "  {}  ", "${}$", "`{}`", "{}.", "\\text{{{}}}"]),
@@ -316,7 +316,7 @@ def test_markdown_and_spaces_change_nothing(answer, around, tail):
     assert verify(f"So. Final answer: {around.format('zebra')}{tail}", answer).outcome == "wrong"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(value=st.integers(-(10**9), 10**9))
 def test_thousands_separators_are_read_back(value):
     number = read_number(f"{value:,}")

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from internvl.conversion.layouts import Dimensions
-from internvl.positions import POSITION_STEPS
 from internvl.errors import UserError
+from internvl.positions import POSITION_STEPS
 
 Config = dict[str, Any]
 
