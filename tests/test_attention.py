@@ -41,7 +41,7 @@ def row_of(examples: list[tuple[int, list[int]]]) -> tuple[list[Segment], Tensor
 
 
 @given(EXAMPLES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_equals_a_dense_mask(examples: list[tuple[int, list[int]]]) -> None:
     """Output and the gradients of q, k, v, in float64; heads grouped two to a key."""
     segments, sees = row_of(examples)

@@ -43,7 +43,7 @@ def vocabulary(cases: Cases) -> int:
 
 
 @given(st.integers(0, 13), st.integers(1, 15), st.booleans(), st.sampled_from([1.0, 0.7]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_chunks_are_the_whole(tokens: int, rows: int, forbid: bool, temperature: float) -> None:
     """Value and gradient of any chunk size equal one plain log_softmax."""
     vocab = 17

@@ -60,7 +60,7 @@ def line_by_line(content: bytes) -> list[tuple[int, bytes]]:
     ]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.sampled_from(PIECES), max_size=14), st.integers(1, 9))
 def test_offsets_are_those_of_a_plain_reader(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[bytes], block: int
