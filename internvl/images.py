@@ -134,12 +134,13 @@ def _name(source: ImageSource) -> str:
 def _stream(source: ImageSource) -> BinaryIO:
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    if source.is_file():
-        try:
+    try:
+        if source.is_file():
             return source.open("rb")
-        except OSError as error:
-            raise _Unusable(f"cannot be read: {error.strerror}") from None
-    raise _Unusable("not a file" if source.exists() else "no such image")
+        found = source.exists()
+    except OSError as error:
+        raise _Unusable(f"cannot be read: {error.strerror}") from None
+    raise _Unusable("not a file" if found else "no such image")
 
 
 def _check_pixels(size: tuple[int, int]) -> None:

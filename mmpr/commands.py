@@ -13,7 +13,6 @@ from internvl.data import (
     Quarantine,
     Row,
     input_folder,
-    portable_record,
     read_rows,
     write_json,
     write_jsonl,
@@ -136,10 +135,7 @@ def run_sample(args: argparse.Namespace) -> None:
     finally:
         sampler.close()
     _print_sample(args.output, report, config)
-    first = next((row for row in rows[:1000] if row.images), None)
-    if first is not None:
-        record = portable_record(first, args.output, root, write=False)
-        _tell_image_root(record["image"], args.output)
+    _tell_image_root(sample.first_image(args.output), args.output)
     _tell_bad(quarantine)
 
 

@@ -13,6 +13,7 @@ import os
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +141,15 @@ def recover(output: Path, n: int) -> dict[str, dict[str, Any]]:
     if keep < output.stat().st_size:
         os.truncate(output, keep)
     return done
+
+
+def first_image(output: Path) -> str | list[str] | None:
+    """The image of the first question sampled that has one, as it is written there."""
+    for _, _, record in islice(_whole_lines(output), 10_000):
+        if record.get("image"):
+            image: str | list[str] = record["image"]
+            return image
+    return None
 
 
 def pending_rows(

@@ -134,13 +134,14 @@ class SFTTrainer(PackedTrainer):
         return loss, metrics
 
     def stage_state(self) -> dict[str, Any]:
-        """How many rows were looked at, where they are checked when they are used."""
-        return {} if self.late_checks is None else {"rows_seen": self.late_checks.seen}
+        """How many rows were seen, and were bad, where they are checked when they are used."""
+        late = self.late_checks
+        return {} if late is None else {"rows_seen": late.seen, "rows_bad": late.bad}
 
     def load_stage_state(self, state: dict[str, Any]) -> None:
-        """Go on with that count."""
+        """Go on with those counts."""
         if self.late_checks is not None:
-            self.late_checks.seen = state.get("rows_seen", 0)
+            self.late_checks.go_on(state.get("rows_seen", 0), state.get("rows_bad", 0))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The adaptive schedule where a stop by probability was asked for, else transformers'."""

@@ -33,6 +33,41 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+# ---- files ----
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        (
+            "a.json",
+            b'[{"id": 1}]',
+            r"one JSON list.* jq -c '\.\[\]' .*/a\.json > .*/a\.lines\.jsonl",
+        ),
+        (
+            "a.jsonl",
+            b'\xef\xbb\xbf[\r\n  {"id": 1}\r\n]',
+            "one JSON list, but a record is expected",
+        ),
+        ("a b.jsonl.gz", b"\x1f\x8b\x08", "not JSON lines, but a packed file; unpack it first"),
+        ("a.jsonl", b"PAR1", r"but a parquet file; name it \*\.parquet"),
+        ("a.arrow", b"\xff\xff\xff\xff", "but an Arrow file; give the folder that save_to_disk"),
+    ],
+)
+def test_files_of_another_format(folder: Path, name: str, content: bytes, told: str) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match=told):
+        read(folder / name, "conversation")
+
+
+def test_a_byte_order_mark_and_windows_line_ends(folder: Path) -> None:
+    lines = [json.dumps({**QUESTION, "id": n, "image": "0.png"}).encode() for n in "ab"]
+    (folder / "Übung 1.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(lines))
+    found = read(folder / "Übung 1.jsonl")
+    assert [(one.data["id"], one.line) for one in found] == [("a", 1), ("b", 3)]
+    assert [image_fault(one) for one in found] == [None, None]
+
+
 # ---- images and videos of a record ----
 
 
@@ -92,6 +127,11 @@ def test_what_is_no_image(image: Any, fault: str) -> None:
         ({"image": ["a", "b"], "question": "Q"}, "2 image(s) but 0 <image> placeholder(s)"),
         ({"video": "v", "question": "<video><video>"}, "1 video(s) but 2 <video> placeholder(s)"),
         ({"question": "\ud800"}, "field 'question' holds half of a surrogate pair"),
+        ({"system": "\ud800"}, "field 'system' holds half of a surrogate pair"),
+        ({"image": "https://a.b/c.png"}, "'https://a.b...' is not a path; save it as a file"),
+        ({"image": ["s3://a/b.png"], "question": "<image>"}, "'s3://a...' is not a path;"),
+        ({"image": "data:image/png;base64,iVBO"}, "'data:image/png;base64...' is not a path;"),
+        ({"video": "http://a/b.mp4"}, "'http://a...' is not a path; save it as a file and give"),
     ],
 )
 def test_faults_of_pictures(fields: dict[str, Any], fault: str) -> None:

@@ -306,6 +306,27 @@ def test_good_rows_are_not_decoded_twice(
     assert len(decoded) == 24
 
 
+def test_repeated_rows_are_decoded_once(
+    mixed: Path, tiny_model: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "_AT_ONCE", 12)
+    meta = mixed.with_name("meta.json")
+    meta.write_text(json.dumps({"a": {"annotation": mixed.name, "repeat_time": 3}}))
+    ids, put = check(meta, tiny_model, known_folder=mixed.with_name("checked_rows"))
+    assert len(ids) == 27
+    assert put == [4, 8, 12]
+    assert len(decoded) == 12 + 2 * 3  # the bad ones again
+
+
+def test_the_share_of_bad_rows_is_of_all(tmp_path: Path, tiny_model: Path) -> None:
+    """Half may be bad, and half are: those of the first pass count among the second's."""
+    noise_image(40, 40, 0).save(tmp_path / "0.png")
+    asked = [{**one, "image": "0.png"} for one in records(3)]
+    bad = [{"id": "bad"}, {"id": "worse"}, {**records(1)[0], "id": "image", "image": "no.png"}]
+    path = write(tmp_path / "rows.jsonl", [*asked, *bad])
+    assert check(path, tiny_model) == (["q0", "q1", "q2"], [4, 5, 6])
+
+
 def test_ranks_share_the_checks(mixed: Path, tiny_model: Path, decoded: list[str]) -> None:
     """Each looks at its share, and all agree on the rows that are left."""
     found = read_rows(mixed, kind="question", quarantine=Quarantine(None))

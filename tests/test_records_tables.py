@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from internvl.data import (
     read_rows,
     write_jsonl,
 )
+from internvl.data.cache import cached_file
 from internvl.data.tables import open_tables
 from internvl.errors import DataError, UserError
 from internvl.sampler import Completion, SampleRequest, SamplingConfig
@@ -167,6 +169,7 @@ def test_what_is_no_data_set(folder: Path, tmp_path: Path, monkeypatch: pytest.M
         (empty, "a folder without parquet files, and not made by save_to_disk"),
         (two, r"several splits; give one: '.*/two/test-\*\.parquet' or '.*/two/train-"),
         (folder / "none-*.parquet", "no such files"),
+        (folder / "*.png", r"0\.png is not parquet; a meta\.json lists several JSONL files"),
         (folder / "state", "not written by save_to_disk"),
         (Path("owner/name"), "hub is downloaded first: hf download owner/name --repo-type"),
         (Path("hf://datasets/owner/name"), "no such file"),
@@ -174,6 +177,36 @@ def test_what_is_no_data_set(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     ):
         with pytest.raises(DataError, match=reason):
             read_rows(path, kind="question", quarantine=Quarantine(None))
+
+
+@pytest.mark.parametrize("cached_from", [0, 2**40])
+def test_damaged_tables(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached_from: int
+) -> None:
+    """A file that breaks off inside, and a cell that is no text: told, each in its place."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    whole = folder / "whole.parquet"
+    pq.write_table(pa.table({"id": [noise * 99 for noise in "abc"] * 99}), whole)
+    (folder / "damaged.parquet").write_bytes(b"PAR1" + bytes(40) + whole.read_bytes()[44:])
+    with pytest.raises(DataError, match=r"damaged\.parquet: cannot be read: "):
+        open_tables(folder / "damaged.parquet", cached_from=cached_from)
+    offsets = pa.array([0, 1, 3], pa.int32()).buffers()[1]
+    text = pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"Q\xff\xfe"))
+    pq.write_table(pa.table({"id": [1, 2], "question": text, "answer": ["3", "3"]}), whole)
+    (one,) = read(whole, cached_from=cached_from)
+    assert one.data == {"id": "1", "question": "Q", "answer": "3"}
+    (line,) = (folder / "quarantine.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert found["line"] == 2
+    assert found["reason"].startswith("a cell cannot be read: 'utf-8' codec can't decode byte")
+
+
+def test_a_data_file_that_cannot_be_read_is_not_the_caches_fault(folder: Path) -> None:
+    def make(target: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder / "0.png"))
+
+    with pytest.raises(PermissionError):
+        cached_file([folder / "0.png"], ".x", make, version=1)
 
 
 def test_a_cache_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,14 +294,15 @@ def test_from_parquet_to_pairs(
         {"id": i, "question": "How many?", "answer": str(i % 2), "image": {"bytes": encoded(i)}}
         for i in range(4)
     ]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "charts.parquet")
+    bad = {"id": 9, "question": "?", "answer": "1", "image": {"bytes": b"none"}}
+    pq.write_table(pa.Table.from_pylist([bad, *rows]), folder / "charts.parquet")
     meta = {"charts": {"annotation": "charts.parquet", "max_dynamic_patch": 6}}
     (folder / "meta.json").write_text(json.dumps(meta))
     sampler = Fixed()
     monkeypatch.setattr("internvl.sampler.open_sampler", lambda *_, **__: sampler)
     output = folder / "out" / "rollouts.jsonl"
     command = ["sample", str(folder / "meta.json"), "--model", str(tiny_model), "--n", "2"]
-    command += ["--output", str(output)]
+    command += ["--output", str(output), "--max-bad", "1"]
     mmpr(command)
     assert [request.max_tiles for request in sampler.asked] == [6] * 4
     whole = output.read_bytes()

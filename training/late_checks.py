@@ -30,12 +30,13 @@ def late_quarantine(args: PackedTrainingArguments) -> Path:
 class LateChecks:
     """Puts aside the bad rows of each step; the first rank writes, and all stop together.
 
-    quarantine_file: begun anew, or gone on with when `seen` was restored. max_bad: the share (< 1)
-    of the rows seen so far, or the number (>= 1), that may be bad.
+    quarantine_file: begun anew, or gone on with by `go_on`. max_bad: the share (< 1) of the rows
+    seen so far, or the number (>= 1), that may be bad.
     """
 
     def __init__(self, quarantine_file: Path, max_bad: float, *, rank: int, device: torch.device):
         self.seen = 0  # rows that all ranks have looked at
+        self.bad = 0  # of them; the first rank's count
         self._file = quarantine_file if rank == 0 else None
         self._max_bad = max_bad
         self._rank = rank
@@ -44,10 +45,15 @@ class LateChecks:
 
     def _quarantine(self) -> Quarantine:
         if self._opened is None:
-            if self.seen == 0 and self._file is not None:
+            if self.bad == 0 and self._file is not None:
                 self._file.unlink(missing_ok=True)
-            self._opened = Quarantine(self._file, self._max_bad, keep=True)
+            # what a killed run found after the checkpoint is found again, and counted then
+            self._opened = Quarantine(self._file, self._max_bad, keep=self.bad)
         return self._opened
+
+    def go_on(self, seen: int, bad: int) -> None:
+        """Go on from a checkpoint that was saved with these counts."""
+        self.seen, self.bad = seen, bad
 
     def look(self, step: StepBatch) -> None:
         """Take in one step of this rank.
@@ -62,6 +68,7 @@ class LateChecks:
             return
         for bad in self._gather(step.bad):
             quarantine.add(bad.row.file, bad.row.line, bad.reason, bad.row.data)
+        self.bad = quarantine.count
         fault = None
         if self._rank == 0:
             try:

@@ -55,9 +55,11 @@ def cached_file(
                 make(partial)
                 partial.replace(path)
     except OSError as error:
+        if error.filename in map(str, sources):
+            raise  # the data cannot be read, which another cache would not mend
         raise UserError(
-            f"{error.filename or folder}: {error.strerror}; it would hold what is made of "
-            f"{sources[0]}. Set XDG_CACHE_HOME to a folder that can be written"
+            f"{error.filename or folder}: {error.strerror or error}; it would hold what is made "
+            f"of {sources[0]}. Set XDG_CACHE_HOME to a folder that can be written"
         ) from None
     return path
 

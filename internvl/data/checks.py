@@ -84,6 +84,7 @@ class KnownRows:
         """Remember rows that are good."""
         if self._path is None or not digests:
             return
+        self._known.update(digests)  # with repeat_time a row comes again
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as out:
             out.write(b"".join(digests))
@@ -143,10 +144,11 @@ def put_aside(rows: Sequence[Row], faults: Faults, quarantine: Quarantine) -> Se
 
     Raises `DataError` when that holds more than it allows, or no row is left.
     """
+    read = len(rows) + quarantine.count  # a share is taken of all, bad records included
     for number in sorted(faults):
         row = rows[number]
         quarantine.add(row.file, row.line, faults[number], row.data)
-    quarantine.check(len(rows))
+    quarantine.check(read)
     if not faults:
         return rows
     if len(faults) == len(rows):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from itertools import islice
 from pathlib import Path
 
 from internvl.errors import DataError
@@ -34,11 +35,11 @@ class Quarantine:
     """Where rows go that cannot be used: one JSON line each, and too many of them stop the run.
 
     path: the file to append to (None: count only). max_bad: the share of rows (< 1) or the number
-    of rows (>= 1) that may be bad before `check` raises. keep: go on with the file that is there;
-    rows that it holds are counted, and not written again.
+    of rows (>= 1) that may be bad before `check` raises. keep: go on with the file that is there
+    after its first so many rows, which are counted, and not written again; the others are cut off.
     """
 
-    def __init__(self, path: Path | None, max_bad: float = 0.05, *, keep: bool = False):
+    def __init__(self, path: Path | None, max_bad: float = 0.05, *, keep: int = 0):
         if not max_bad >= 0:
             raise DataError(f"max_bad is {max_bad}; give a share (< 1) or a count (>= 1)")
         self.path = path
@@ -46,16 +47,18 @@ class Quarantine:
         self.count = 0
         self._seen: set[tuple[str, int]] = set()
         if keep and path is not None and path.is_file():
-            self._go_on(path)
+            self._go_on(path, keep)
 
-    def _go_on(self, path: Path) -> None:
-        whole = path.read_bytes()
-        whole = whole[: whole.rfind(b"\n") + 1]  # a kill may have left half a line
-        for line in whole.splitlines():
+    def _go_on(self, path: Path, keep: int) -> None:
+        with path.open("rb") as lines:
+            kept = list(islice(lines, keep))
+        if kept and not kept[-1].endswith(b"\n"):  # a kill may have left half a line
+            kept.pop()
+        for line in kept:
             entry = json.loads(line)
             self._seen.add((entry["file"], entry["line"]))
         self.count = len(self._seen)
-        os.truncate(path, len(whole))
+        os.truncate(path, sum(map(len, kept)))
 
     def add(self, file: Path, line: int, reason: str, row: object) -> None:
         """Put one row aside with the reason; a row is counted and written once."""

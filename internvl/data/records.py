@@ -6,6 +6,7 @@ wrong with a tidy record. Neither looks at a file: images are checked where they
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ RecordFault = Callable[[dict[str, Any]], str | None]
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 DEFAULT_FRAMES = 8  # of a video: num_segments in the published chat examples
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/]*|data:[^,]{0,40}")
 
 
 def list_images(record: dict[str, Any]) -> list[str | bytes]:
@@ -105,8 +107,8 @@ def find_fault(record: object, kind: Kind) -> str | None:
         return f"the line is a JSON {type(record).__name__}, expected an object"
     if fault := _media_fault(record):
         return fault
-    if not isinstance(record.get("system", ""), str | None):
-        return f"field 'system' is {type(record['system']).__name__}, expected a string"
+    if record.get("system") is not None and (fault := _text(record, "system", empty=True)):
+        return fault
     if fault := _FAULTS[kind](record):
         return fault
     text = _prompt_text(record, kind) or ""
@@ -129,6 +131,9 @@ def _media_fault(record: dict[str, Any]) -> str | None:
         return "field 'images' beside 'image', or not a list; give one of them"
     if not isinstance(record.get("video"), str | None):
         return f"field 'video' is {type(record['video']).__name__}, expected a path"
+    for place in [*images, video_name(record)]:
+        if isinstance(place, str) and (found := _URL.match(place)):
+            return f"'{found[0]}...' is not a path; save it as a file and give the file's path"
     if images and video_name(record):
         return "both 'image' and 'video' are given, which is not supported; make two rows of it"
     for name in ("max_tiles", "num_frames"):

@@ -92,15 +92,24 @@ class Row:
     def media_files(self) -> list[Path]:
         """The files that the images and the video are read from, a folder's one by one."""
         files = [source for source in self.image_sources() if isinstance(source, Path)]
+        return files + self._video_files()
+
+    def _video_files(self) -> list[Path]:
         video = self.video_source()
-        if video is not None:
-            files += sorted(video.iterdir()) if video.is_dir() else [video]
-        return files
+        if video is None:
+            return []
+        try:
+            return sorted(video.iterdir()) if video.is_dir() else [video]
+        except OSError as error:
+            raise DataError(f"{video}: cannot be read: {error.strerror}") from None
 
     def encoded_media(self) -> Iterator[bytes]:
         """The encoded bytes of every image, or of the video's file or files."""
-        yield from (image for image in self.images if isinstance(image, bytes))
-        yield from (file.read_bytes() for file in self.media_files() if file.is_file())
+        for source in [*self.image_sources(), *self._video_files()]:
+            if isinstance(source, bytes):
+                yield source
+            elif source.is_file():
+                yield source.read_bytes()
 
     def prompt_text(self, text: str) -> str:
         r"""A user's text as the model sees it: a video's placeholder becomes one line a frame.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,13 @@ from internvl.errors import DataError
 
 _SHOWN_BYTES = 500  # of a line that is not JSON
 _HUB_NAME = re.compile(r"(hf://(datasets/)?)?[\w.-]+/[\w.-]+")
+_LIST_START = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|$)")  # of a whole file, not of a line
+_PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh", b"PK\x03\x04")
+_OTHER_FILES = (
+    *((signature, "a packed file; unpack it first") for signature in _PACKED),
+    (b"PAR1", "a parquet file; name it *.parquet"),
+    (b"\xff\xff\xff\xff", "an Arrow file; give the folder that save_to_disk made"),
+)
 
 
 class Source(Protocol):
@@ -77,7 +85,7 @@ class Tables:
         self._ends = list(accumulate(map(len, tables)))
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] if self._ends else 0
 
     def _find(self, index: int) -> tuple[Table, int]:
         number = bisect_right(self._ends, index)
@@ -86,7 +94,10 @@ class Tables:
     def read(self, index: int) -> tuple[Any, str | None]:
         """A row by its number; see `Source`."""
         table, row = self._find(index)
-        return table.record(row), None
+        try:
+            return table.record(row), None
+        except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date in year 40000
+            return {}, f"a cell cannot be read: {error}"
 
     def origin(self, index: int) -> tuple[Path, int]:
         """A row's file and its number there; see `Source`."""
@@ -138,7 +149,27 @@ def open_source(path: Path, *, cached_from: int = CACHED_FROM, quiet: bool = Fal
         return Tables(open_tables(path, cached_from=cached_from, quiet=quiet))
     if not path.is_file():
         raise DataError(f"{path}: not a file")
+    _refuse_other_files(path)
     return JsonLines(path, open_lines(path, cached_from=cached_from, quiet=quiet))
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Raise `DataError` for a file whose beginning shows that it holds no JSON lines."""
+    with path.open("rb") as file:
+        start = file.read(1000)
+    if _LIST_START.match(start):
+        raise DataError(_list_told(path))
+    for signature, told in _OTHER_FILES:
+        if start.startswith(signature):
+            raise DataError(f"{path}: not JSON lines, but {told}")
+
+
+def _list_told(path: Path) -> str:
+    lines = path.with_name(f"{path.stem}.lines.jsonl")
+    return (
+        f"{path}: one JSON list, but a record is expected on each line. So it is written by: "
+        f"jq -c '.[]' {shlex.quote(str(path))} > {shlex.quote(str(lines))}"
+    )
 
 
 def open_data_sets(
@@ -181,6 +212,8 @@ def _read_meta(path: Path) -> dict[str, Any]:
         meta = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON: {error}") from None
+    if isinstance(meta, list):
+        raise DataError(_list_told(path))
     if not isinstance(meta, dict) or not meta:
         raise DataError(f"{path}: expected {{name: {{root, annotation, ...}}}}")
     return meta

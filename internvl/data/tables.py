@@ -11,6 +11,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,10 @@ def find_tables(path: Path) -> list[Path]:
         files = sorted(path.parent.glob(path.name))
         if not files:
             raise DataError(f"{path}: no such files")
+        if others := [file for file in files if file.suffix not in (".parquet", ".arrow")]:
+            raise DataError(
+                f"{path}: {others[0].name} is not parquet; a meta.json lists several JSONL files"
+            )
         return files
     if not path.is_dir():
         return [path]
@@ -106,24 +111,30 @@ def open_tables(path: Path, *, cached_from: int = CACHED_FROM, quiet: bool = Fal
     cached_from: the bytes of all parquet files together from which they are copied into the cache.
     quiet: no progress bar. Raises `DataError` for a file that is not what its name says.
     """
-    import pyarrow as pa
-
     files = find_tables(path)
     size = sum(file.stat().st_size for file in files if file.suffix == ".parquet")
-    tables = []
-    for file in files:
-        try:
-            tables.append(Table(file, _batches(file, copy=size >= cached_from, quiet=quiet)))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
-            raise DataError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
-    return tables
+    return [Table(file, _batches(file, copy=size >= cached_from, quiet=quiet)) for file in files]
+
+
+@contextmanager
+def _read_faults_told(file: Path) -> Iterator[None]:
+    """What Arrow says of a file that is not what its name says, or is damaged, as `DataError`."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's, not Arrow's: no rights, no room
+        raise DataError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
 
 
 def _batches(file: Path, *, copy: bool, quiet: bool) -> list[pa.RecordBatch]:
     import pyarrow as pa
 
     if file.suffix != ".parquet":
-        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches()
+        with _read_faults_told(file):
+            return pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches()
     if not copy:
         return list(_parquet_batches(file))
 
@@ -131,13 +142,14 @@ def _batches(file: Path, *, copy: bool, quiet: bool) -> list[pa.RecordBatch]:
         _copy_to_arrow(file, target, quiet=quiet)
 
     kept = cached_file([file], ".arrow", make, version=_VERSION)
-    return pa.ipc.open_stream(pa.memory_map(str(kept))).read_all().to_batches()
+    with _read_faults_told(kept):
+        return pa.ipc.open_stream(pa.memory_map(str(kept))).read_all().to_batches()
 
 
 def _parquet_batches(file: Path) -> Iterator[pa.RecordBatch]:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(file) as parquet:
+    with _read_faults_told(file), pq.ParquetFile(file) as parquet:
         yield from parquet.iter_batches(batch_size=_BATCH_ROWS)
 
 
@@ -146,7 +158,7 @@ def _copy_to_arrow(file: Path, target: Path, *, quiet: bool) -> None:
     import pyarrow.parquet as pq
     from tqdm import tqdm
 
-    with pq.ParquetFile(file) as parquet:
+    with _read_faults_told(file), pq.ParquetFile(file) as parquet:
         rows, schema = parquet.metadata.num_rows, parquet.schema_arrow
     bar = tqdm(total=rows, desc=f"copying {file.name}", unit="row", delay=2, disable=quiet)
     with bar, pa.OSFile(str(target), "wb") as out, pa.ipc.new_stream(out, schema) as writer:
