@@ -81,6 +81,11 @@ def load_processor(path: str) -> InternVLProcessor:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: no processor can be loaded from it: {reason}") from None
+    except AttributeError as error:  # a tokenizer without one of InternVL's tokens
+        raise UserError(
+            f"{path}: no processor can be loaded from it: {error}; name the token in "
+            'tokenizer_config.json, under extra_special_tokens ("video_token": "<video>")'
+        ) from None
     if not isinstance(processor, InternVLProcessor):
         raise UserError(
             f"{path}: its processor is {type(processor).__name__}, expected InternVLProcessor "
@@ -176,13 +181,25 @@ def render_messages(
 
     content: a string, where each "<image>" of a user is an image, or a list of parts
     {"type": "image"} and {"type": "text", "text": ...}, where text is text. generate: end with the
-    opening of the assistant's turn. Raises `DataError` for text that spells a control token.
+    opening of the assistant's turn. A bos token that the tokenizer itself puts before a text is
+    written here. Raises `DataError` for text that spells a control token.
     """
     turns = [
         {**m, "content": _render_content(processor, m, f"message {number} ({m['role']})")}
         for number, m in enumerate(messages)
     ]
-    return str(processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate))
+    options = {"tokenize": False, "add_generation_prompt": generate}
+    text, bos = str(processor.apply_chat_template(turns, **options)), _bos(processor.tokenizer)
+    return text if text.startswith(bos) else bos + text
+
+
+@lru_cache(maxsize=8)
+def _bos(tokenizer: Any) -> str:
+    """The bos token where the tokenizer puts it before every text by itself, else nothing."""
+    whole, bare = (tokenizer("a", add_special_tokens=kind)["input_ids"] for kind in (True, False))
+    if whole not in (bare, [tokenizer.bos_token_id, *bare]):
+        raise UserError("the tokenizer adds tokens to a text other than one bos token")
+    return "" if whole == bare else str(tokenizer.bos_token)
 
 
 def render_prompt(processor: InternVLProcessor, question: str, system: str | None = None) -> str:

@@ -49,6 +49,11 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> InternVLForCondit
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: the weights cannot be loaded: {reason}") from None
     refuse_unmatched(path, info)
+    if model.lm_head.weight is not model.get_input_embeddings().weight:
+        # transformers 5 reads a config that is silent about it as tied, and keeps saying so where
+        # the stored head is another (internvl.conversion.heads): what is saved must not
+        model.config.tie_word_embeddings = False
+        model.config.text_config.tie_word_embeddings = False
     return adopt(model)
 
 

@@ -224,7 +224,11 @@ def _describe(model: Path) -> tuple[dict[str, tuple[int, ...]], bool, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    from internvl.conversion.heads import has_own_head
+
     config = AutoConfig.from_pretrained(str(model))
+    if config.tie_word_embeddings and has_own_head(model):
+        config.tie_word_embeddings = False  # vLLM does not tie it either
     with torch.device("meta"):
         skeleton = AutoModelForImageTextToText.from_config(config)
     shapes = {name: tuple(weight.shape) for name, weight in skeleton.named_parameters()}

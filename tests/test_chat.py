@@ -26,7 +26,7 @@ from internvl.chat import (
 from internvl.conversion.processors import make_processor
 from internvl.data import Kind, Row
 from internvl.encoding import Encoder
-from internvl.errors import DataError
+from internvl.errors import DataError, UserError
 from internvl.sampler import SampleRequest, SamplingConfig, open_sampler
 
 THINKING = "You are an AI assistant. Put your thoughts into <think> </think>."
@@ -285,3 +285,28 @@ def test_samplers_without_that_token(tiny_model: Path, tmp_path: Path, backend: 
     (sampled,) = sampler.sample([SampleRequest("Which?", (), seed=0)], config)
     sampler.close()
     assert not {i for one in sampled for i in one.token_ids} & {319, 320, 321, saved}
+
+
+def test_a_tokenizer_that_puts_bos_before_a_text_by_itself(tiny_model: Path) -> None:
+    """As those of the hub's InternLM2 conversions, whose template does not write it."""
+    from tokenizers import processors
+
+    processor: Any = load_processor(str(tiny_model))
+    tokenizer, bos = processor.tokenizer, "<|endoftext|>"
+    tokenizer.bos_token = bos
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    counts = cut_tiles(processor, images_of(CONVERSATION), 12)[1]
+    ours = encode_messages(processor, CONVERSATION, counts)
+    theirs = by_the_processor(processor, CONVERSATION, 4, False)["input_ids"][0].tolist()
+    assert ours.ids == theirs
+    assert ours.ids[:2] == tokenizer(f"{bos}<|im_start|>", add_special_tokens=False)["input_ids"]
+    assert render_prompt(processor, "Hi").startswith(f"{bos}<|im_start|>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {bos}", pair=f"$A $B {bos}", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    other: Any = load_processor(str(tiny_model))
+    other.tokenizer.backend_tokenizer.post_processor = tokenizer.backend_tokenizer.post_processor
+    with pytest.raises(UserError, match="adds tokens to a text other than one bos token"):
+        render_prompt(other, "Hi")

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from internvl.conversion.shards import (
     MAX_SHARD_BYTES,
-    Segment,
     Target,
     TensorInfo,
     Weights,
@@ -132,7 +131,8 @@ def _note(text: str) -> None:
 
 def _to_hf(source: _Source, out: Path) -> list[Target]:
     """Write everything but weights; returns what the weights are made of."""
-    from internvl.conversion.layouts import hf_shapes, plan_to_hf
+    from internvl.conversion.heads import untied
+    from internvl.conversion.layouts import HEAD, INTERNLM2_HEAD, hf_shapes, plan_to_hf
     from internvl.conversion.originals import (
         check_unchanged,
         keep_originals,
@@ -160,6 +160,8 @@ def _to_hf(source: _Source, out: Path) -> list[Target]:
         source = _find_tied_head(source)
         config = _new_hf_files(source, out)
         keep_originals(source.folder, out, layout="chat", config=config, tied_head=source.tied_head)
+    if {HEAD, INTERNLM2_HEAD} & set(source.tensors):
+        config = untied(config)  # it may have been silent about it, see heads
     shapes = hf_shapes(config)
     dims = dimensions(config["text_config"], internlm2=internlm2)
     targets = plan_to_hf(source.tensors, shapes, dims)
@@ -170,6 +172,7 @@ def _to_hf(source: _Source, out: Path) -> list[Target]:
 
 def _find_tied_head(source: _Source) -> _Source:
     """Note a stored head that is the embeddings; refuse one that should be and is not."""
+    from internvl.conversion.heads import same_bytes
     from internvl.conversion.layouts import EMBEDDINGS, HEAD, INTERNLM2_HEAD
     from internvl.conversion.published import chat_is_tied
 
@@ -179,24 +182,12 @@ def _find_tied_head(source: _Source) -> _Source:
     embeddings = EMBEDDINGS
     if head == INTERNLM2_HEAD:
         embeddings = "language_model.model.tok_embeddings.weight"
-    if not _same_bytes(source.weights, head, embeddings):
+    if not same_bytes(source.weights, head, embeddings):
         raise UserError(
             f"{source.folder}: tie_word_embeddings is true, but {head} is not {embeddings}; set it "
             "to false in config.json (llm_config) if the stored head is the trained one"
         )
     return _Source(source.folder, source.config, source.weights, head)
-
-
-def _same_bytes(weights: Weights, one: str, other: str) -> bool:
-    info = weights.tensors[one]
-    if weights.tensors.get(other) != info:
-        return False
-    pairs = zip(
-        weights.read(Segment(one, 0, info.nbytes)),
-        weights.read(Segment(other, 0, info.nbytes)),
-        strict=True,
-    )
-    return all(left == right for left, right in pairs)
 
 
 def _new_hf_files(source: _Source, out: Path) -> dict[str, Any]:
@@ -270,18 +261,25 @@ def _to_chat(source: _Source, out: Path) -> list[Target]:
 
 
 def _drop_tied_copy(source: _Source, shapes: Shapes) -> tuple[_Source, Shapes]:
-    """A tied model's head that was stored all the same, as some tools do."""
-    from internvl.conversion.layouts import EMBEDDINGS, HEAD, hf_name
+    """A tied model's head that was stored all the same, as some tools do.
+
+    It is the head where it differs and the config is silent; see heads.
+    """
+    from internvl.conversion.heads import TIED, same_bytes, untied
+    from internvl.conversion.layouts import EMBEDDINGS, HEAD, hf_name, hf_shapes
 
     actual = {hf_name(name): name for name in source.weights.tensors}
-    if HEAD in shapes or HEAD not in actual:
+    if HEAD in shapes or not {HEAD, EMBEDDINGS} <= set(actual):
         return source, shapes
-    if not _same_bytes(source.weights, actual[HEAD], actual[EMBEDDINGS]):
+    if same_bytes(source.weights, actual[HEAD], actual[EMBEDDINGS]):
+        return _Source(source.folder, source.config, source.weights, actual[HEAD]), shapes
+    if TIED in source.config:
         raise UserError(
             f"{source.folder}: tie_word_embeddings is true, but {actual[HEAD]} is not the "
             "embeddings; set it to false in config.json (also in text_config) if it was trained"
         )
-    return _Source(source.folder, source.config, source.weights, actual[HEAD]), shapes
+    config = untied(source.config)
+    return _Source(source.folder, config, source.weights), hf_shapes(config)
 
 
 def _new_chat_files(source: _Source, out: Path) -> dict[str, Any]:

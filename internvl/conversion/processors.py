@@ -92,7 +92,7 @@ def load_tokenizer(source: Path) -> tuple[PreTrainedTokenizerFast, str]:
         bos_token=names["bos"],
         # the published code stops a turn here, whatever the tokenizer's own eos is
         eos_token=END_OF_TURN,
-        pad_token=names["pad"] or names["eos"],
+        pad_token=names["pad"] or names["eos"] or END_OF_TURN,
         unk_token=names["unk"],
         padding_side="left",
         clean_up_tokenization_spaces=False,

@@ -219,7 +219,7 @@ def _hf_text(llm: Config) -> Config:
     text["model_type"] = model_type
     text["use_cache"] = True  # published as false, left over from training
     if architecture == "InternLM2ForCausalLM":
-        text["attention_bias"] = bool(llm.get("bias", False))
+        text["attention_bias"] = bool(llm.get("bias", True))  # their default
         text["head_dim"] = llm["hidden_size"] // llm["num_attention_heads"]
     if "rope_parameters" not in text:
         if "rope_theta" in llm:
