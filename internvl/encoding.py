@@ -20,7 +20,8 @@ from internvl.chat import (
     render_prompt,
     tile_settings,
 )
-from internvl.data import Kind, Row, image_fault
+from internvl.data import Kind, Row
+from internvl.data.rows import Sizes, look_at_images
 from internvl.errors import DataError
 from internvl.packing import Example
 from internvl.positions import draw_steps
@@ -121,9 +122,12 @@ class Encoder:
         tokens = [count * self.processor.image_seq_length for count in tile_counts]
         return [step for step, n in zip(steps, tokens, strict=True) for _ in range(n)]
 
-    def length(self, row: Row, kind: Kind) -> int:
-        """Tokens of a row's prompt and longest completion; of its images only the size is read."""
-        sizes = row.image_sizes()
+    def length(self, row: Row, kind: Kind, sizes: Sizes | None = None) -> int:
+        """Tokens of a row's prompt and longest completion; of its images only the size is read.
+
+        sizes: of the images, where they are known.
+        """
+        sizes = row.image_sizes() if sizes is None else sizes
         without = [0] * len(sizes)  # images of no tile: what is left is the text
         if kind == "conversation":
             text_tokens = len(self._encode_conversation(row, without).ids)
@@ -146,12 +150,15 @@ class Encoder:
 
         room: tokens that must be left beside it, for a completion that is yet to be sampled.
         """
-        return image_fault(row) or self.length_fault(row, kind, room)
+        fault, sizes = look_at_images(row)
+        return fault or self.length_fault(row, kind, room, sizes)
 
-    def length_fault(self, row: Row, kind: Kind, room: int = 0) -> str | None:
-        """Why a row whose images are good cannot be trained on, or None; see `fault`."""
+    def length_fault(
+        self, row: Row, kind: Kind, room: int = 0, sizes: Sizes | None = None
+    ) -> str | None:
+        """Why a row whose images are good cannot be trained on, or None; see `fault`, `length`."""
         try:
-            length = self.length(row, kind)
+            length = self.length(row, kind, sizes)
         except DataError as error:
             return str(error)
         if length + room > self.max_length:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from internvl.data.quarantine import Quarantine, json_value
 from internvl.data.records import Kind, RecordFault
-from internvl.data.rows import Row, image_fault
+from internvl.data.rows import Row, Sizes, look_at_images
 from internvl.data.rowsets import Selection
 from internvl.errors import DataError
 
@@ -73,8 +73,8 @@ class KnownRows:
             ]
         except (OSError, ValueError):
             return None
-        facts = [json_value(row.data), str(row.image_root), row.max_tiles, states]
-        text = json.dumps(facts, ensure_ascii=True, sort_keys=True)
+        facts = [row.data, str(row.image_root), row.max_tiles, states]
+        text = json.dumps(facts, default=json_value, sort_keys=True)
         return hashlib.sha256(self._settings + text.encode()).digest()[:_DIGEST_BYTES]
 
     def __contains__(self, digest: bytes | None) -> bool:
@@ -96,27 +96,28 @@ def find_faults(
     desc: str,
     quiet: bool = False,
     record_fault: RecordFault | None = None,
-    length_fault: Callable[[Row], str | None] | None = None,
+    length_fault: Callable[[Row, Sizes], str | None] | None = None,
     known: KnownRows | None = None,
     ranks: Ranks = Ranks(),
 ) -> Faults:
     """What is wrong with which row, by its number; the same on every rank.
 
     record_fault: what the caller itself finds wrong with a record. Images are decoded in threads,
-    `length_fault` is called in this one (tokenizers are not safe in threads).
+    `length_fault` is called in this one, with their sizes (tokenizers are not safe in threads).
     """
     from tqdm import tqdm
 
     known = known or KnownRows(None, "")
 
-    def look(number: int) -> tuple[Row, bytes | None, str | None, bool]:
+    def look(number: int) -> tuple[Row, Sizes, bytes | None, str | None, bool]:
         row = rows[number]
         if row.fault is None and record_fault and (fault := record_fault(row.data)):
-            return row, None, fault, False
+            return row, [], None, fault, False
         digest = known.digest(row)
         if digest in known:
-            return row, digest, None, True
-        return row, digest, image_fault(row), False
+            return row, [], digest, None, True
+        fault, sizes = look_at_images(row)
+        return row, sizes, digest, fault, False
 
     faults: Faults = {}
     mine = range(ranks.rank, len(rows), ranks.number)
@@ -125,11 +126,11 @@ def find_faults(
         for start in range(0, len(mine), _AT_ONCE):
             numbers = mine[start : start + _AT_ONCE]
             good = []
-            for number, (row, digest, fault, seen) in zip(
+            for number, (row, sizes, digest, fault, seen) in zip(
                 numbers, pool.map(look, numbers), strict=True
             ):
                 if fault is None and not seen and length_fault:
-                    fault = length_fault(row)
+                    fault = length_fault(row, sizes)
                 if fault is not None:
                     faults[number] = fault
                 elif digest is not None and not seen:
@@ -192,7 +193,7 @@ def usable_rows(
         desc="checking rows",
         quiet=quiet,
         record_fault=record_fault,
-        length_fault=lambda row: encoder.length_fault(row, kind, room),
+        length_fault=lambda row, sizes: encoder.length_fault(row, kind, room, sizes),
         known=KnownRows(known_folder, _settings(encoder, kind, room), ranks.rank),
         ranks=ranks,
     )

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Default = TypeVar("Default")
+Sizes = list[tuple[int, int]]  # (width, height) of images, in pixels
 TILE_SIDE = 448  # pixels
 
 
@@ -75,13 +77,13 @@ class Row:
         """
         if self.fault is not None:
             raise DataError(self.fault)
-        video = self.video_source()
+        video, sources = self.video_source(), self.image_sources()
         # of a folder of frames each file: one may be a link that leads out
-        for path in [*([] if video is None else [video]), *self.media_files()]:
-            if fault := path_fault(path, self.image_root):
+        for path in [*([] if video is None else [video, *self._video_files()]), *sources]:
+            if isinstance(path, Path) and (fault := path_fault(path, self.image_root)):
                 raise DataError(fault)
         if video is None:
-            return [load_image(source) for source in self.image_sources()]
+            return [load_image(source) for source in sources]
         from internvl.video import load_frames
 
         frames = load_frames(video, self.num_frames)
@@ -135,7 +137,7 @@ class Row:
         own = self.max_tiles if own is None else own
         return default if own is None else own
 
-    def image_sizes(self) -> list[tuple[int, int]]:
+    def image_sizes(self) -> Sizes:
         """(width, height) of what `load_images` gives, in pixels, to count tiles by.
 
         Of images only headers are read; a video's frames, which are one tile each whatever their
@@ -150,17 +152,30 @@ class Row:
 def path_fault(path: Path, root: Path) -> str | None:
     """Why a file may not be read from this root, or None; links are followed."""
     try:
-        real, real_root = os.path.realpath(path), os.path.realpath(root)
+        real, real_root = os.path.realpath(path), _real_root(root)
         inside = os.path.commonpath([real, real_root]) == real_root
     except ValueError as error:  # a zero byte, half a surrogate pair
         return f"{str(path)!r}: not a path: {error}"
     return None if inside else f"{path}: outside its root {root}"
 
 
+@lru_cache(maxsize=64)
+def _real_root(root: Path) -> str:
+    return os.path.realpath(root)
+
+
+def look_at_images(row: Row) -> tuple[str | None, Sizes]:
+    """Why the images or the video of a row cannot be used, or None; decodes all of it.
+
+    And its `image_sizes`, without reading the headers again (none where something is wrong).
+    """
+    try:
+        images = row.load_images()
+    except DataError as error:
+        return str(error), []
+    return None, row.image_sizes() if row.num_frames else [image.size for image in images]
+
+
 def image_fault(row: Row) -> str | None:
     """Why the images or the video of a row cannot be used, or None; decodes all of it."""
-    try:
-        row.load_images()
-    except DataError as error:
-        return str(error)
-    return None
+    return look_at_images(row)[0]
