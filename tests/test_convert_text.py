@@ -25,6 +25,7 @@ from published_tokenizers import TEXTS
 from internvl.chat import encode_prompt, load_processor
 from internvl.conversion.convert import convert
 from internvl.conversion.internlm2 import fast_tokenizer
+from internvl.conversion.processors import load_tokenizer
 from internvl.errors import UserError
 
 SYSTEM_2 = (
@@ -200,6 +201,25 @@ def test_a_sentencepiece_model_may_put_a_space_before_a_text(tmp_path: Path, pre
     tokenizer = fast_tokenizer(file, {})
     for text in ["a", " a", "  two  spaces  ", "\t\tx [UNUSED_0]", *TEXTS]:
         assert tokenizer.encode(text).ids == judge.encode(text), repr(text)
+    if prefix:  # LLaMA's newer setting: the first text alone would get its space
+        with pytest.raises(UserError, match="puts a space before a text, but not with legacy"):
+            fast_tokenizer(file, {}, legacy=False)
+
+
+def test_a_llama_tokenizer_of_sentencepiece_alone(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """As in InternVL2-40B: its ids are SentencePiece's, as with transformers 4's own class."""
+    chat = folders["internlm2"][0]
+    shutil.copy(chat / "tokenizer.model", tmp_path)
+    settings = json.loads((chat / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer, bos = load_tokenizer(tmp_path)
+    published = sentencepiece_tokenizer(chat)
+    assert bos == ""
+    for text in [*TEXTS, *random_texts()]:
+        assert [1, *tokenizer(text)["input_ids"]] == published(text), repr(text)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
-"""InternLM2's tokenizer.model (SentencePiece) as a fast tokenizer, without its remote code.
+"""A SentencePiece tokenizer.model (InternLM2's, LLaMA's) as a fast tokenizer, without remote code.
 
 The published folder holds a SentencePiece BPE model and, in tokenizer_config.json, tokens that were
 added afterwards: some at new ids (<img>, <IMG_CONTEXT>), some in the place of unused pieces
 (<|im_end|>). The merges are rebuilt from the pieces: of all ways to put a piece together from two
 others, the one that makes the better-scored piece comes first, as SentencePiece itself decides.
+
+LLaMA's (InternVL2-40B) is read so, too: transformers 5 puts a space before a text or not by
+`legacy` alone, whatever the model says; the published code asks SentencePiece.
 """
 
 from __future__ import annotations
@@ -21,16 +24,18 @@ SPACE = "\u2581"  # SentencePiece's sign for a space
 _BPE, _NORMAL, _CONTROL, _USER_DEFINED = 2, 1, 3, 4  # as sentencepiece_model.proto numbers them
 
 
-def fast_tokenizer(model_file: Path, added: Mapping[int, str]) -> Tokenizer:
+def fast_tokenizer(model_file: Path, added: Mapping[int, str], *, legacy: bool = True) -> Tokenizer:
     """The `tokenizers` object of a SentencePiece BPE model; no token is added at either end.
 
-    added: special tokens by id, in place of the piece of that id or after the last one. Raises
-    `UserError` where sentencepiece is missing, or the model is of a kind that would be split
-    differently.
+    added: special tokens by id, in place of the piece of that id or after the last one. legacy:
+    LLaMA's setting. Raises `UserError` where sentencepiece is missing, or the model is of a kind
+    that would be split differently.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     proto = _read_model(model_file)
+    if proto.normalizer_spec.add_dummy_prefix and not legacy:
+        raise UserError(f"{model_file}: puts a space before a text, but not with legacy false")
     symbols = {i for i, piece in enumerate(proto.pieces) if piece.type == _USER_DEFINED}
     if proto.normalizer_spec.add_dummy_prefix and symbols - set(added):
         # SentencePiece would put the space before a text once, not after each symbol
@@ -79,7 +84,7 @@ def _read_model(file: Path) -> Any:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
         raise UserError(
-            f"{file}: InternLM2's tokenizer needs sentencepiece and protobuf ({error}): "
+            f"{file}: a SentencePiece tokenizer needs sentencepiece and protobuf ({error}): "
             "pip install 'internvl-posttraining[internlm2]'"
         ) from None
     schema: Any = sentencepiece_model_pb2  # generated when it is imported

@@ -1,7 +1,7 @@
 """The processor of a converted checkpoint: its tokenizer, image settings and chat template.
 
 A published folder's tokenizer is read without its remote code: tokenizer.json where there is one,
-the classes of transformers for Qwen's and LLaMA's files, our own (internlm2) for InternLM2's.
+the class of transformers for Qwen's files, our own (internlm2) for InternLM2's and LLaMA's.
 The tokenizer that is written adds no token at either end: where the published one puts a bos token
 before a prompt, the chat template writes it, so that trainer and engine see it once.
 """
@@ -117,10 +117,15 @@ def _content(token: object) -> str | None:
 def _backend(source: Path, settings: dict[str, Any]) -> tuple[Tokenizer, bool]:
     """The `tokenizers` object, adding nothing at either end, and whether the original adds bos."""
     kind = str(settings.get("tokenizer_class"))
-    if kind.startswith(_INTERNLM2_CLASS):
+    alone = (source / "tokenizer.model").is_file() and not (source / "tokenizer.json").is_file()
+    if kind.startswith(_INTERNLM2_CLASS) or (kind.startswith("LlamaTokenizer") and alone):
         from internvl.conversion.internlm2 import fast_tokenizer
 
-        backend = fast_tokenizer(source / "tokenizer.model", _added_tokens(source, settings))
+        backend = fast_tokenizer(
+            source / "tokenizer.model",
+            _added_tokens(source, settings),
+            legacy=settings.get("legacy") is not False,
+        )
         if settings.get("add_eos_token", False):
             raise UserError(f"{source / 'tokenizer_config.json'}: add_eos_token is true")
         return backend, bool(settings.get("add_bos_token", True))
