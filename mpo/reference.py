@@ -12,28 +12,48 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from internvl.data import Row
-from internvl.packing import Example, PackedBatch
-from training.batches import StepCollator
+from internvl.data.checks import Ranks
+from internvl.packing import PackedBatch
+from training.batches import STEP_BATCH, StepCollator
 
 Score = Callable[[PackedBatch], Tensor]
+_ROWS_A_HASH = 256
+_ALONE = Ranks()
 
 
-def reference_key(weights: str, rows: Sequence[Row], settings: dict[str, object]) -> str:
-    """SHA-256 of everything that the log-probabilities depend on.
+def reference_key(
+    weights: str,
+    rows: Sequence[Row],
+    settings: dict[str, object],
+    ranks: Ranks = _ALONE,
+) -> str:
+    """SHA-256 of everything that the log-probabilities depend on; the same on every rank.
 
-    weights: checksum of the reference's weights. settings: tiling, dtype and the like.
+    weights: checksum of the reference's weights. settings: tiling, dtype and the like. ranks: who
+    reads which images; how many they are makes no difference.
     """
-    digest = hashlib.sha256(json.dumps([weights, settings], sort_keys=True).encode())
-    for row in rows:
+    starts = range(0, len(rows), _ROWS_A_HASH)
+    mine = {start: _hash_rows(rows, start) for start in starts[ranks.rank :: ranks.number]}
+    every = ranks.gather(mine)
+    facts = [weights, settings, [every[start] for start in starts]]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_rows(rows: Sequence[Row], start: int) -> str:
+    digest = hashlib.sha256()
+    for index in range(start, min(start + _ROWS_A_HASH, len(rows))):
+        row = rows[index]
         fields = [row.data.get(name) for name in ("question", "system", "chosen", "rejected")]
         digest.update(json.dumps(fields, ensure_ascii=False).encode())
         digest.update(json.dumps([row.tile_budget(None), row.num_frames]).encode())
@@ -62,17 +82,26 @@ def compute_reference(
     world_size: int,
     device: torch.device,
     quiet: bool,
+    workers: int = 0,
 ) -> Tensor:
     """One pass over all pairs: [rows, 2], the sums for chosen and rejected, float32 on the CPU.
 
     score: a micro-batch (on the CPU) to its [C] sums under the reference. The ranks share the
-    rows out and every one receives all of the result.
+    rows out and every one receives all of the result. workers: processes that encode the rows.
     """
     out = torch.zeros(len(rows), 2)
     starts = range(rank * batch_size, len(rows), batch_size * world_size)
-    for start in tqdm(starts, desc="reference log-probs", unit="batch", disable=quiet):
-        examples: list[Example] = [collator.encode(row) for row in rows[start : start + batch_size]]
-        for batch in collator.batch(examples).microbatches:
+    loader: DataLoader[Any] = DataLoader(
+        rows,  # type: ignore[arg-type]  # a sequence is all that is asked for
+        batch_sampler=[[*range(start, min(start + batch_size, len(rows)))] for start in starts],
+        collate_fn=collator,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # the workers' base seed must not move the global RNG
+    )
+    bar = tqdm(loader, desc="reference log-probs", unit="batch", disable=quiet)
+    for start, step in zip(starts, bar, strict=True):
+        for batch in step[STEP_BATCH].microbatches:
             out[start + batch.example_index] = score(batch).cpu().view(-1, 2)
     if world_size > 1:
         shared = out.to(device)

@@ -13,6 +13,7 @@ from transformers import InternVLProcessor
 
 from internvl.checkpoint import checksum
 from internvl.data import Row
+from internvl.data.checks import Ranks
 from internvl.errors import UserError
 from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
@@ -21,6 +22,7 @@ from mpo.losses import RewardShift, mpo_loss, pair_terms
 from mpo.reference import compute_reference, load_reference, reference_key, save_reference
 from training.batches import StepCollator
 from training.metrics import Metrics, sum_over_ranks
+from training.stage import gather_by_number
 from training.trainer import PackedTrainer
 
 FIRST_LOSS_TOLERANCE = 1e-3
@@ -108,7 +110,8 @@ class MPOTrainer(PackedTrainer):
         }
         if self.encoder.position_steps != (1.0,):
             settings["position_steps"] = [*self.encoder.position_steps, self.encoder.seed]
-        key = reference_key(checksum(model.state_dict().items()), rows, settings)
+        ranks = Ranks(self.args.process_index, self.args.world_size, gather_by_number)
+        key = reference_key(checksum(model.state_dict().items()), rows, settings, ranks)
         self._reference_keys[name] = key
         # in a folder of its own: loaders take every safetensors file beside a config for weights
         path = Path(self.args.output_dir or "") / "reference" / f"{name}.safetensors"
@@ -129,6 +132,7 @@ class MPOTrainer(PackedTrainer):
                 world_size=self.args.world_size,
                 device=self.args.device,
                 quiet=bool(self.args.disable_tqdm) or not self.is_world_process_zero(),
+                workers=self.args.dataloader_num_workers,
             )
             if self.is_world_process_zero():
                 save_reference(path, key, values)

@@ -75,15 +75,15 @@ class Stage:
             room=room,
             record_fault=record_fault,
             known_folder=Path(self.args.output_dir or "") / "checked_rows",
-            ranks=Ranks(self.args.process_index, self.args.world_size, gather_faults),
+            ranks=Ranks(self.args.process_index, self.args.world_size, gather_by_number),
         )
         if quarantine.count and first:
             print(f"{file}: {quarantine.count} bad rows so far, see {quarantine.path}")
         return good
 
 
-def gather_faults(mine: Faults) -> Faults:
-    """The faults that all ranks found: each looked at its share of the rows."""
+def gather_by_number(mine: Faults) -> Faults:
+    """What all ranks found, by the numbers of the rows: each looked at its share."""
     if not dist.is_initialized():
         return mine
     found: list[Faults] = [{} for _ in range(dist.get_world_size())]
