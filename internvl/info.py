@@ -142,7 +142,7 @@ def count_lora(config: InternVLConfig, rank: int) -> int:
     """
     width, queries, keys, inner = _text_widths(config)
     layer = (width + queries) * 2 + (width + keys) * 2
-    if "num_experts" not in config.text_config.to_dict():
+    if "moe_intermediate_size" not in config.text_config.to_dict():
         layer += 3 * (width + inner)
     return rank * layer * config.text_config.num_hidden_layers
 
@@ -153,7 +153,7 @@ def _text_widths(config: InternVLConfig) -> tuple[int, int, int, int]:
     width, heads = text["hidden_size"], text["num_attention_heads"]
     head = text.get("head_dim") or width // heads
     inner = text["intermediate_size"]
-    if "num_experts" in text:
+    if "moe_intermediate_size" in text:
         inner = text["num_experts_per_tok"] * text["moe_intermediate_size"]
     return width, heads * head, text["num_key_value_heads"] * head, inner
 

@@ -273,6 +273,11 @@ def test_sentencepiece_missing_is_said_with_what_to_install(
         convert(tmp_path / "chat", tmp_path / "hf", to="hf", progress=False)
 
 
+def test_a_tokenizer_model_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tokenizer.model: cannot be read: No such file"):
+        fast_tokenizer(tmp_path / "tokenizer.model", {})
+
+
 def test_a_config_may_bring_its_own_system_message(tmp_path: Path) -> None:
     message = "It's a 'test' \\ of\nquotes."
     make_published(tmp_path / "chat", "qwen2", changes={"system_message": message})

@@ -39,6 +39,8 @@ def build(family: str, **widths: int) -> InternVLForConditionalGeneration:
         "head_dim": 32,
         "intermediate_size": w["I"],
     }
+    if family == "qwen3_moe":
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
     vision = {
         "hidden_size": w["VD"],
         "num_hidden_layers": w["VL"],
@@ -120,6 +122,18 @@ def test_checkpointing_keeps_the_input_of_each_layer(bf16: bool) -> None:
     for deeper in ((4, 2), (2, 4)):
         kept, told = (sizes[deeper][i] - sizes[2, 2][i] for i in (0, 1))
         assert kept == told
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+def test_adapters_are_those_of_peft(family: str) -> None:
+    """With the stages' own default; the experts of a mixture are no linear layers, and get none."""
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = build(family)
+    told = count_lora(model.config, 4)
+    lora = LoraConfig(r=4, target_modules=r".*language_model\.layers\..*_proj")
+    adapted = get_peft_model(model, lora)
+    assert told == sum(p.numel() for n, p in adapted.named_parameters() if ".lora_" in n)
 
 
 def test_parameters_are_counted_from_the_headers(tiny_model: Path) -> None:

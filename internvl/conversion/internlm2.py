@@ -91,6 +91,8 @@ def _read_model(file: Path) -> Any:
     proto = schema.ModelProto()
     try:
         proto.ParseFromString(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except DecodeError as error:
         raise UserError(f"{file}: is no SentencePiece model: {error}") from None
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
