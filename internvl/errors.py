@@ -30,7 +30,7 @@ def cli_guard(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"error: {_in_one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE:
@@ -40,3 +40,11 @@ def cli_guard(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; start the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _in_one_line(error: UserError) -> str:
+    text = str(error)
+    if text.startswith("Caught ") and " in DataLoader worker " in text:
+        # torch puts the worker's traceback in front of what it was told
+        text = text.rpartition(f"{type(error).__module__}.{type(error).__name__}: ")[2]
+    return " ".join(text.splitlines())

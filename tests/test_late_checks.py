@@ -11,10 +11,12 @@ import pytest
 import torch
 from plain import noise_image
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 from internvl.chat import load_processor
 from internvl.checkpoint import load_model
 from internvl.data import DataError, Quarantine, Row, read_rows
+from internvl.errors import cli_guard
 from sft.config import SFTConfig
 from sft.trainer import SFTTrainer
 from training import late_checks
@@ -134,3 +136,22 @@ def test_the_count_goes_on_after_a_restart(folder: Path) -> None:
         fresh.go_on(seen, 0)
         fresh.look(step(1))
         assert len(file.read_text().splitlines()) == 1
+
+
+def test_an_error_in_a_worker_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An image that was taken away after the checks; torch would show the worker's traceback."""
+    rows: Any = [Row({"image": "gone.png"}, folder / "a.jsonl", 1, folder)]
+    loader: DataLoader[Any] = DataLoader(
+        rows,
+        collate_fn=lambda batch: [one.load_images() for one in batch],
+        num_workers=1,
+        multiprocessing_context="fork",
+    )
+
+    def read_all() -> None:
+        for _ in loader:
+            pass
+
+    with pytest.raises(SystemExit):
+        cli_guard(read_all)
+    assert capsys.readouterr().err == f"error: {folder}/gone.png: no such image\n"
