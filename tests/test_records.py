@@ -62,11 +62,19 @@ def test_files_of_another_format(folder: Path, name: str, content: bytes, told: 
 
 
 def test_a_byte_order_mark_and_windows_line_ends(folder: Path) -> None:
-    lines = [json.dumps({**QUESTION, "id": n, "image": "0.png"}).encode() for n in "ab"]
+    """And an id that is a number: it becomes its text."""
+    lines = [json.dumps({**QUESTION, "id": n, "image": "0.png"}).encode() for n in ("a", 7)]
     (folder / "Übung 1.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(lines))
     found = read(folder / "Übung 1.jsonl")
-    assert [(one.data["id"], one.line) for one in found] == [("a", 1), ("b", 3)]
+    assert [(one.data["id"], one.line) for one in found] == [("a", 1), ("7", 3)]
     assert [image_fault(one) for one in found] == [None, None]
+
+
+def test_without_a_quarantine_file_the_first_reason_is_told(folder: Path) -> None:
+    file = write(folder / "a.jsonl", [QUESTION, {"id": "q"}, {"id": "r"}])
+    told = r"3 of 3 rows are bad, more than max_bad=0 allows; the first: .*a\.jsonl:1: 0 image\(s\)"
+    with pytest.raises(DataError, match=told):
+        read_rows(file, kind="question", quarantine=Quarantine(None, 0))
 
 
 # ---- images and videos of a record ----

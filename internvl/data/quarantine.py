@@ -45,6 +45,7 @@ class Quarantine:
         self.path = path
         self.max_bad = max_bad
         self.count = 0
+        self._first = ""  # what is told where no file says it
         self._seen: set[tuple[str, int]] = set()
         if keep and path is not None and path.is_file():
             self._go_on(path, keep)
@@ -66,6 +67,7 @@ class Quarantine:
             return
         self._seen.add((str(file), line))
         self.count += 1
+        self._first = self._first or f"; the first: {file}:{line}: {reason}"
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             entry = {"file": str(file), "line": line, "reason": reason, "row": row}
@@ -80,7 +82,7 @@ class Quarantine:
         """
         limit = self.max_bad * max(total, at_least) if self.max_bad < 1 else self.max_bad
         if self.count > limit:
-            where = f"; their reasons are in {self.path}" if self.path else ""
+            where = f"; their reasons are in {self.path}" if self.path else self._first
             raise DataError(
                 f"{self.count} of {total} rows are bad, more than max_bad={self.max_bad:g} "
                 f"allows{where}. Mend them, or raise max_bad."

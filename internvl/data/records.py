@@ -60,9 +60,12 @@ def video_name(record: dict[str, Any]) -> str | None:
 def tidy_record(record: dict[str, Any], kind: Kind) -> dict[str, Any]:
     """The record as the rest of the code reads it; what is wrong is left for `find_fault`.
 
-    `images` (a column's usual name on the hub) becomes `image`; one image or video without a
-    placeholder gets it in front of the (first) question, as in InternVL's published code.
+    `images` (a column's usual name on the hub) becomes `image`, and a whole number as id its text;
+    one image or video without a placeholder gets it in front of the (first) question, as in
+    InternVL's published code.
     """
+    if type(record.get("id")) is int:
+        record = {**record, "id": str(record["id"])}
     if isinstance(record.get("images"), list) and not record.get("image"):
         record = {**record, "image": record["images"]}
         del record["images"]

@@ -40,7 +40,7 @@ class Table:
 
     def record(self, index: int) -> dict[str, Any]:
         """One row without its nulls; where the table has no ids, the file's name and the row's
-        number are one, and a whole number is written as text.
+        number are one.
         """
         part = bisect_right(self._ends, index)
         before = self._ends[part - 1] if part else 0
@@ -48,8 +48,6 @@ class Table:
         record = {name: cell for name, cell in cells.items() if cell is not None}
         if "id" not in cells:
             record["id"] = f"{self.path.stem}-{index + 1}"
-        elif type(record.get("id")) is int:
-            record["id"] = str(record["id"])
         return record
 
 
