@@ -112,11 +112,24 @@ def forbidden_token_ids(processor: InternVLProcessor, vocab_size: int) -> list[i
 
 
 def eos_token_id(processor: InternVLProcessor) -> int:
-    """The id that ends an assistant's turn (`<|im_end|>` in InternVL's template)."""
-    eos = processor.tokenizer.eos_token_id
-    if eos is None:
+    """The id that ends an assistant's turn: of the token that the chat template writes there.
+
+    `<|im_end|>` in InternVL's; some tokenizers (the hub's of InternLM2) call another one their eos.
+    """
+    return _end_of_turn(processor, str(processor.chat_template))
+
+
+@lru_cache(maxsize=8)
+def _end_of_turn(processor: Any, template: str) -> int:
+    """See `eos_token_id`; `template` is the processor's, which a caller may have changed."""
+    tokenizer, reply = processor.tokenizer, "A reply."
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": reply}]
+    after = str(processor.apply_chat_template(turns, tokenize=False)).rpartition(reply)[2]
+    if found := _control_pattern(tokenizer).match(after):
+        return int(tokenizer.convert_tokens_to_ids(found[0]))
+    if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token, so no completion could ever end")
-    return int(eos)
+    return int(tokenizer.eos_token_id)
 
 
 # ---------------------------------------------------------------- control tokens

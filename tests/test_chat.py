@@ -310,3 +310,19 @@ def test_a_tokenizer_that_puts_bos_before_a_text_by_itself(tiny_model: Path) -> 
     other.tokenizer.backend_tokenizer.post_processor = tokenizer.backend_tokenizer.post_processor
     with pytest.raises(UserError, match="adds tokens to a text other than one bos token"):
         render_prompt(other, "Hi")
+
+
+def test_a_turn_ends_where_the_template_ends_it(tiny_model: Path) -> None:
+    """The hub's conversions of InternLM2 keep "</s>" as the tokenizer's eos."""
+    processor: Any = load_processor(str(tiny_model))
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    processor.tokenizer.eos_token = "<|endoftext|>"
+    assert processor.tokenizer.eos_token_id != end
+    assert eos_token_id(processor) == end
+    turns = [*CONVERSATION[:1], CONVERSATION[-1], CONVERSATION[2], CONVERSATION[-1]]
+    encoded = encode_messages(processor, turns, [])
+    theirs = by_the_processor(processor, turns, 4, False)
+    assert encoded.ids == theirs["input_ids"][0].tolist()
+    assert [i for i, keep in zip(encoded.ids, encoded.loss_mask, strict=True) if keep][-1] == end
+    processor.chat_template = processor.chat_template.replace("<|im_end|>", "")
+    assert eos_token_id(processor) == processor.tokenizer.eos_token_id
