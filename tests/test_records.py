@@ -50,6 +50,8 @@ def folder(tmp_path: Path) -> Path:
             b'\xef\xbb\xbf[\r\n  {"id": 1}\r\n]',
             "one JSON list, but a record is expected",
         ),
+        ("a.json", b'{"id": 1}\n{"id": 2}', r"a record on each line is named \*\.jsonl"),
+        ("a.jsonl", '{"id": 1}'.encode("utf-16"), "not JSON lines, but text in UTF-16; write it"),
         ("a b.jsonl.gz", b"\x1f\x8b\x08", "not JSON lines, but a packed file; unpack it first"),
         ("a.jsonl", b"PAR1", r"but a parquet file; name it \*\.parquet"),
         ("a.arrow", b"\xff\xff\xff\xff", "but an Arrow file; give the folder that save_to_disk"),

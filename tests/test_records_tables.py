@@ -230,7 +230,7 @@ def test_data_sets_of_a_meta_json(folder: Path) -> None:
     meta = {
         "a": {"root": "charts", "annotation": "a.jsonl", "repeat_time": 1.5,
               "max_dynamic_patch": 6},
-        "b": {"annotation": "b.parquet", "repeat_time": 2, "length": 1},
+        "b": {"annotation": "b*.parquet", "repeat_time": 2, "length": 1},
         "c": {"annotation": "a.jsonl", "repeat_time": 0},
     }  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta))

@@ -24,6 +24,7 @@ _LIST_START = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|$)")  # of a whole file, 
 _PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh", b"PK\x03\x04")
 _OTHER_FILES = (
     *((signature, "a packed file; unpack it first") for signature in _PACKED),
+    *((mark, "text in UTF-16; write it as UTF-8") for mark in (b"\xff\xfe", b"\xfe\xff")),
     (b"PAR1", "a parquet file; name it *.parquet"),
     (b"\xff\xff\xff\xff", "an Arrow file; give the folder that save_to_disk made"),
 )
@@ -201,7 +202,7 @@ def open_data_sets(
         root = image_root or path.parent / str(entry.get("root") or "")
         repeat, max_tiles = _repeat(entry, where), _max_tiles(entry, where)
         annotation = path.parent / entry["annotation"]
-        if not annotation.exists():
+        if not annotation.exists() and "*" not in annotation.name:
             raise DataError(f"{where}: {annotation}: no such file")
         source = open_source(annotation, cached_from=cached_from, quiet=quiet)
         yield DataSet(source, root, repeat, max_tiles)
@@ -211,7 +212,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_bytes())
     except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from None
+        raise DataError(
+            f"{path}: not valid JSON: {error}; a file with a record on each line is named *.jsonl"
+        ) from None
     if isinstance(meta, list):
         raise DataError(_list_told(path))
     if not isinstance(meta, dict) or not meta:
