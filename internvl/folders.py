@@ -22,6 +22,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         expected = "an InternVL checkpoint folder"
         if adapter:
             expected += " (it holds a LoRA adapter: `internvl merge` makes it whole)"
+        if not folder.exists():
+            expected += " (a name on the hub is not looked up: download it first)"
         raise UserError(f"{folder}: no config.json there; expected {expected}")
     try:
         config = json.loads(file.read_bytes())

@@ -128,6 +128,7 @@ def test_what_cannot_be_asked(
         f"{published}: the published custom-code layout (InternVLChatModel); convert it first: "
     )
     assert fails(capsys, "info", chart.parent).startswith(f"{chart.parent}: no config.json there")
+    assert "download it first" in fails(capsys, "info", "OpenGVLab/InternVL3-1B")
     assert fails(capsys, "info", tiny_model, "--max-tiles", 0) == "--max-tiles is 0; give 1 or more"
     mixed = fails(capsys, "chat", tiny_model, chart, "?", "--more-images", chart.parent)
     assert mixed.startswith(f"{chart.parent} is a video; it is asked about alone")
