@@ -155,18 +155,27 @@ def first_image(output: Path) -> str | list[str] | None:
 def pending_rows(
     rows: Sequence[Row], done: dict[str, dict[str, Any]], output: Path, root: Path | None = None
 ) -> Selection:
-    """The questions still to sample; raises UserError when a done one has changed or vanished.
+    """The questions still to sample, each once whatever its data set's `repeat_time`.
 
-    root: see `portable_record`.
+    root: see `portable_record`. Raises UserError when a done one has changed or vanished, or when
+    data sets of a meta.json share an id: rollouts are told apart by it.
     """
-    vanished = set(done)
+    places: dict[str, tuple[Path, int]] = {}
     pending = array("q")
     for number, row in enumerate(rows):
-        question_id = row.data["id"]
+        question_id, place = row.data["id"], (row.file, row.line)
+        if question_id in places:
+            file, line = places[question_id]
+            if (file, line) != place:
+                raise UserError(
+                    f"{row.file}:{row.line}: id {question_id!r} is that of {file}:{line}, too; "
+                    "give each question an id of its own, or sample the data sets one by one"
+                )
+            continue
+        places[question_id] = place
         if question_id not in done:
             pending.append(number)
             continue
-        vanished.discard(question_id)
         record, now = done[question_id], portable_record(row, output, root, write=False)
         for key in ("question", "image", "answer", "system", "video", "num_frames", "max_tiles"):
             if record.get(key) != now.get(key):
@@ -174,7 +183,7 @@ def pending_rows(
                     f"{row.file}:{row.line}: {key!r} of question {question_id!r} has changed since "
                     f"{output} was begun. Give another --output."
                 )
-    if vanished:
+    if vanished := done.keys() - places.keys():
         raise UserError(
             f"{output} holds question {min(vanished)!r}, which is not among the questions now. "
             "Give another --output, or the same questions to go on."

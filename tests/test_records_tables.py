@@ -31,6 +31,7 @@ from internvl.data.tables import open_tables
 from internvl.errors import DataError, UserError
 from internvl.sampler import Completion, SampleRequest, SamplingConfig
 from mmpr.cli import main as mmpr
+from mmpr.sample import pending_rows
 from mmpr.stats import detect_kind
 
 
@@ -243,6 +244,20 @@ def test_data_sets_of_a_meta_json(folder: Path) -> None:
     record = portable_record(rows[0], folder / "out" / "o.jsonl", folder)
     assert record["image"] == "charts/c.png"
     assert record["max_tiles"] == 6
+
+
+def test_questions_of_several_data_sets_are_sampled_once(folder: Path) -> None:
+    """Repetitions are one question; two questions with one id cannot be told apart later."""
+    for name, first in (("a", 0), ("b", 2), ("c", 3)):
+        one, other = ({**QUESTION, "id": f"q{first + n}", "image": "0.png"} for n in range(2))
+        write(folder / f"{name}.jsonl", [one, other])
+    meta = {"a": {"annotation": "a.jsonl", "repeat_time": 3}, "b": {"annotation": "b.jsonl"}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    pending = pending_rows(read(folder / "meta.json"), {}, folder / "out.jsonl")
+    assert [one.data["id"] for one in pending] == ["q0", "q1", "q2", "q3"]
+    (folder / "meta.json").write_text(json.dumps({**meta, "c": {"annotation": "c.jsonl"}}))
+    with pytest.raises(UserError, match=r"c\.jsonl:1: id 'q3' is that of .*b\.jsonl:2, too; give"):
+        pending_rows(read(folder / "meta.json"), {}, folder / "out.jsonl")
 
 
 def test_image_bytes_become_files(folder: Path) -> None:
