@@ -231,7 +231,9 @@ def test_a_video_for_trainer_and_sampler(folder: Path, tiny_model: Path) -> None
 # ---- paths ----
 
 
-def test_paths_stay_in_their_root(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_paths_stay_in_their_root(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outside = tmp_path_factory.mktemp("outside")
     (outside / "secret.png").write_bytes(encoded(1))
     (folder / "link").symlink_to(outside)
@@ -257,6 +259,11 @@ def test_paths_stay_in_their_root(folder: Path, tmp_path_factory: pytest.TempPat
     link.symlink_to(folder)
     assert image_fault(Row({"image": "0.png"}, folder, 1, link)) is None
     assert "outside" in str(image_fault(row(folder, video="link")))
+    for index in range(3):  # a relative root is that of the folder that one is in now
+        (folder / f"cwd{index}").mkdir()
+        (folder / f"cwd{index}" / "0.png").write_bytes(encoded(0))
+        monkeypatch.chdir(folder / f"cwd{index}")
+        assert image_fault(Row({"image": "0.png"}, folder, 1, Path())) is None
 
 
 # ---- the quarantine ----

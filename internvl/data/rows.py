@@ -152,7 +152,8 @@ class Row:
 def path_fault(path: Path, root: Path) -> str | None:
     """Why a file may not be read from this root, or None; links are followed."""
     try:
-        real, real_root = os.path.realpath(path), _real_root(root)
+        # with the folder that a relative root starts from, which may change
+        real, real_root = os.path.realpath(path), _real_path(os.path.join(os.getcwd(), root))
         inside = os.path.commonpath([real, real_root]) == real_root
     except ValueError as error:  # a zero byte, half a surrogate pair
         return f"{str(path)!r}: not a path: {error}"
@@ -160,8 +161,8 @@ def path_fault(path: Path, root: Path) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _real_root(root: Path) -> str:
-    return os.path.realpath(root)
+def _real_path(path: str) -> str:
+    return os.path.realpath(path)
 
 
 def look_at_images(row: Row) -> tuple[str | None, Sizes]:
