@@ -26,7 +26,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,6 +50,7 @@ WIDE_SHARE = 0.5  # of the charts
 UNIT = 5  # pixels of bar height a unit
 CARELESS_SHARE = 0.7  # of the answers in "mixed"
 CARELESS_ERROR = 3  # a careless answer is the truth + a whole number in [-3, 3]
+VERSION = 2  # of the charts and texts: the first had square charts only
 MARKER = "world.json"  # written last: a folder that has it is complete
 CHUNK = 500  # records a worker makes at a time
 
@@ -151,9 +152,9 @@ def make_world(out: Path, *, seed: int, sizes: WorldSizes) -> None:
 
     Conversations (sft, mixed, probe) and questions with their gold chain as "solution"
     (preference, rl, heldout), in the formats of internvl.data. world.json comes last; a folder
-    whose world.json has the same seed and sizes is left as it is.
+    whose world.json has the same version, seed and sizes is left as it is.
     """
-    settings = {"seed": seed, "sizes": asdict(sizes)}
+    settings = {"version": VERSION, "seed": seed, "sizes": asdict(sizes)}
     marker = out / MARKER
     if marker.exists() and _settings_of(marker) == settings:
         return
@@ -272,10 +273,9 @@ def _make_chunk(out: Path, seed: int, split: str, start: int, stop: int) -> list
 
 
 def _settings_of(marker: Path) -> dict[str, Any]:
-    """Return seed and sizes of a finished world."""
+    """Return what a finished world was made from; None where an older one did not say."""
     made = json.loads(marker.read_text())
-    names = [field.name for field in fields(WorldSizes)]
-    return {"seed": made["seed"], "sizes": {name: made["sizes"][name] for name in names}}
+    return {name: made.get(name) for name in ("version", "seed", "sizes")}
 
 
 def _write_atomic(path: Path, lines: Iterable[str]) -> None:

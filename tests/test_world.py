@@ -179,7 +179,13 @@ def test_a_finished_world_is_left_alone_and_a_broken_off_one_is_made_again(tmp_p
     assert contents(tmp_path) == before
     make_world(tmp_path, seed=6, sizes=SMALL)
     assert contents(tmp_path) != before
-    assert json.loads((tmp_path / "world.json").read_text())["seed"] == 6
+    marker = json.loads((tmp_path / "world.json").read_text())
+    assert marker["seed"] == 6
+    after = contents(tmp_path)
+    (tmp_path / "world.json").write_text(json.dumps({**marker, "version": 1}))
+    (tmp_path / "rl.jsonl").unlink()
+    make_world(tmp_path, seed=6, sizes=SMALL)  # an older world is not taken for today's
+    assert contents(tmp_path) == after
 
 
 def test_every_word_and_number_of_the_world_is_one_token() -> None:
