@@ -126,7 +126,6 @@ def bad_pairs(tmp_path: Path) -> tuple[Path, list[tuple[int, str]]]:
             "question holds the control token '<IMG_CONTEXT>'",
         ),
         ({"question": "<image>" + "red " * 300}, "tokens, over max_length 200"),
-        ({"id": "pair-1"}, "the id of line 1 again: 'pair-1'"),
         (b'{"id": "torn", "question": "<image> Wh', "not valid JSON: "),
         (b'{"id": "caf\xe9"}', "not valid JSON: 'utf-8' codec can't decode"),
         (b'["a", "list"]', "the line is a JSON list, expected an object"),

@@ -211,9 +211,9 @@ _FAULTS: dict[str, Callable[[dict[str, Any]], str | None]] = {
 def record_key(record: dict[str, Any], kind: Kind) -> tuple[object, ...] | None:
     """What must be unique in a file: the id (rollouts: with the sample's number).
 
-    Nothing is looked up by a conversation's id, and published sets repeat theirs.
+    Nothing is looked up by a pair's or a conversation's id, and published sets repeat theirs.
     """
-    if record.get("id") is None or kind == "conversation":
+    if record.get("id") is None or kind in ("pair", "conversation"):
         return None
-    key = str(record["id"])  # of a pair it may be anything
+    key = str(record["id"])
     return (key, record["sample"]) if kind in ("rollout", "verdict") else (key,)
