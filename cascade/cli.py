@@ -14,7 +14,7 @@ _ABOUT = "The whole cascade, SFT -> MPO -> GSPO, resumable and evaluated between
 _EXAMPLE = """\
 example:
 
-  cascade demo                          the whole on a small world, 10 to 14 minutes on 2 cores
+  cascade demo                          the whole on a small world, 12 to 15 minutes on 2 cores
   cascade demo --preset tiny            the same in under 2 minutes, to see that all of it runs
   cascade evaluate heldout.jsonl --model runs/demo/stages/rl --output runs/demo/eval/rl
   cascade report runs/demo              make runs/demo/report.html again
