@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from internvl.errors import UserError, cli_guard
-from internvl.terminal import OneLineParser
+from internvl.errors import UserError
+from internvl.terminal import Command, command_parser, run_command
 
 _ABOUT = "The whole cascade, SFT -> MPO -> GSPO, resumable and evaluated between stages."
 _EXAMPLE = """\
@@ -139,34 +139,18 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 _COMMANDS = (
-    ("demo", "the whole cascade on a world made on the spot", _add_demo, _demo),
-    ("evaluate", "accuracy of a checkpoint on held-out questions", _add_evaluate, _evaluate),
-    ("report", "the page of a run", _add_report, _report),
-    ("world", "the demo's world and its untrained model", _add_world, _world),
+    Command("demo", "the whole cascade on a world made on the spot", _add_demo, _demo),
+    Command("evaluate", "accuracy of a checkpoint on held-out questions", _add_evaluate, _evaluate),
+    Command("report", "the page of a run", _add_report, _report),
+    Command("world", "the demo's world and its untrained model", _add_world, _world),
 )
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; `args.act(args)` does the work."""
-    parser = OneLineParser(
-        prog="cascade",
-        description=_ABOUT,
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=OneLineParser)
-    for name, help_text, add, act in _COMMANDS:
-        command = commands.add_parser(name, help=help_text, description=help_text)
-        add(command)
-        command.set_defaults(act=act)
-    return parser
+    """The parser of all commands."""
+    return command_parser("cascade", _ABOUT, _EXAMPLE, _COMMANDS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    args = build_parser().parse_args(argv)
-    cli_guard(lambda: args.act(args))
-
-
-if __name__ == "__main__":
-    main()
+    """Run one command; see `cascade --help`."""
+    run_command(build_parser(), argv)

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from internvl.errors import UserError, cli_guard
-from internvl.terminal import OneLineParser
+from internvl.errors import UserError
+from internvl.terminal import Command, command_parser, run_command
 
 _ABOUT = "Checkpoints in and out: convert, merge, look at, and talk to an InternVL."
 _EXAMPLE = """\
@@ -170,34 +170,19 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     )
 
 
-_COMMANDS = {
-    "convert": (_add_convert, _convert, "published custom-code layout <-> HF-native, lossless"),
-    "merge": (_add_merge, _merge, "a LoRA adapter into its base"),
-    "info": (_add_info, _info, "sizes, tokens an image costs, memory for each kind of training"),
-    "chat": (_add_chat, _chat, "one question about one image, for a first look"),
-}
+_COMMANDS = (
+    Command("convert", "published custom-code layout <-> HF-native", _add_convert, _convert),
+    Command("merge", "a LoRA adapter into its base", _add_merge, _merge),
+    Command("info", "sizes, tokens an image costs, memory of training", _add_info, _info),
+    Command("chat", "one question about one image, for a first look", _add_chat, _chat),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with all commands."""
-    parser = OneLineParser(
-        prog="internvl",
-        description=_ABOUT,
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=OneLineParser)
-    for name, (add_arguments, run, about) in _COMMANDS.items():
-        command = commands.add_parser(
-            name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
-        )
-        add_arguments(command)
-        command.set_defaults(run=run)
-    return parser
+    """The parser of all commands."""
+    return command_parser("internvl", _ABOUT, _EXAMPLE, _COMMANDS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; see `internvl --help`."""
-    args = build_parser().parse_args(argv)
-    cli_guard(lambda: args.run(args))
+    run_command(build_parser(), argv)

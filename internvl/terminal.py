@@ -1,11 +1,13 @@
-"""What our command lines share: one line for a wrong option, and a small table."""
+"""What our command lines share: a parser of commands, one line for an error, a small table."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple, NoReturn
+
+from internvl.errors import cli_guard
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -15,6 +17,46 @@ class OneLineParser(argparse.ArgumentParser):
         """Say what is wrong and where help is; exit code 2."""
         print(f"error: {message} (see `{self.prog} --help`)", file=sys.stderr)
         raise SystemExit(2)
+
+
+class Command(NamedTuple):
+    """A command of a tool: `add_arguments` fills its parser, `run` does what they say."""
+
+    name: str
+    about: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def command_parser(
+    prog: str, about: str, example: str, commands: Sequence[Command]
+) -> argparse.ArgumentParser:
+    """The parser of a tool's commands; `run_command` does what it finds."""
+    parser = OneLineParser(
+        prog=prog,
+        description=about,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=OneLineParser)
+    for command in commands:
+        told = command.about
+        sub = subparsers.add_parser(
+            command.name,
+            help=told,
+            description=f"{told[0].upper()}{told[1:]}.",
+            allow_abbrev=False,
+        )
+        command.add_arguments(sub)
+        sub.set_defaults(run_command=command.run)
+    return parser
+
+
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:
+    """Run one command; exits with 2 and one line for an error that the user can mend."""
+    args = parser.parse_args(argv)
+    cli_guard(lambda: args.run_command(args))
 
 
 def print_table(

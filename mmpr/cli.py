@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from internvl.errors import cli_guard
-from internvl.terminal import OneLineParser
+from internvl.terminal import Command, command_parser, run_command
 from mmpr import commands
 from rewards import STYLES
 
@@ -130,34 +129,19 @@ def _add_stats(parser: argparse.ArgumentParser) -> None:
 
 
 _COMMANDS = (
-    ("sample", "n completions per question, resumable", _add_sample, commands.run_sample),
-    ("verify", "judge rollouts against the gold answers", _add_verify, commands.run_verify),
-    ("pair", "preference pairs in MMPR's format", _add_pair, commands.run_pair),
-    ("select", "questions for online RL, by accuracy", _add_select, commands.run_select),
-    ("stats", "counts and lengths of a file", _add_stats, commands.run_stats),
+    Command("sample", "n completions per question, resumable", _add_sample, commands.run_sample),
+    Command("verify", "judge rollouts against the gold answers", _add_verify, commands.run_verify),
+    Command("pair", "preference pairs in MMPR's format", _add_pair, commands.run_pair),
+    Command("select", "questions for online RL, by accuracy", _add_select, commands.run_select),
+    Command("stats", "counts and lengths of a file", _add_stats, commands.run_stats),
 )
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; `args.run(args)` does the work."""
-    parser = OneLineParser(
-        prog="mmpr",
-        description=_ABOUT,
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=OneLineParser)
-    for name, about, add_arguments, run in _COMMANDS:
-        sub = subparsers.add_parser(
-            name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
-        )
-        add_arguments(sub)
-        sub.set_defaults(run=run)
-    return parser
+    """The parser of all commands."""
+    return command_parser("mmpr", _ABOUT, _EXAMPLE, _COMMANDS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; exits with 2 and one line for an error that the user can mend."""
-    args = build_parser().parse_args(argv)
-    cli_guard(lambda: args.run(args))
+    """Run one command; see `mmpr --help`."""
+    run_command(build_parser(), argv)

@@ -18,6 +18,7 @@ from internvl.data import (
     write_jsonl,
 )
 from internvl.errors import DataError, UserError
+from internvl.terminal import print_table
 from mmpr.groups import usable_verdicts
 from mmpr.pairs import PairConfig, PairReport, build_pairs
 from mmpr.select import SelectReport, select_questions
@@ -27,26 +28,6 @@ from mmpr.verify import VerifyReport, verify_rows
 if TYPE_CHECKING:
     from internvl.sampler import SamplingConfig
     from mmpr.sample import SampleReport
-
-
-def print_table(
-    title: str, rows: Sequence[tuple[str, ...]], columns: Sequence[str] = (), *, right: int = 0
-) -> None:
-    """A small table on stdout under its title; column number `right` is set to the right."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console()
-    # apart from the table, which would break a long title at its own width
-    console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True, highlight=False)
-    table = Table(show_header=bool(columns))
-    for index in range(len(rows[0])):
-        header = columns[index] if columns else ""
-        table.add_column(header, justify="right" if right and index == right else "left")
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    console.print(table)
 
 
 def _beside(output: Path, suffix: str) -> Path:
@@ -170,7 +151,7 @@ def _print_verify(output: Path, report: VerifyReport) -> None:
     rows = [(name, str(count), _share(count, report.total)) for name, count in outcomes.items()]
     rows.append(("format followed", str(report.format_ok), _share(report.format_ok, report.total)))
     title = f"{output}: {report.total} rollouts of {len(report.questions)} questions"
-    print_table(title, rows, ("outcome", "rollouts", "share"), right=1)
+    print_table(title, rows, ("outcome", "rollouts", "share"), right=(1,))
     for reason, count in report.reasons.most_common(3):
         print(f"cannot judge ({count}): {reason}")
 
@@ -257,7 +238,7 @@ def _print_pairs(output: Path, report: PairReport) -> None:
         ("mean characters, rejected", f"{facts['mean_rejected_chars']:.1f}"),
         ("chosen is the longer", f"{facts['share_chosen_longer']:.1%}"),
     ]
-    print_table(f"{output}: {report.pairs} pairs", rows, right=1)
+    print_table(f"{output}: {report.pairs} pairs", rows, right=(1,))
 
 
 def run_select(args: argparse.Namespace) -> None:
@@ -298,7 +279,7 @@ def _print_select(args: argparse.Namespace, report: SelectReport) -> None:
         f"{args.output}: {report.selected} of {report.questions} questions with accuracy in "
         f"[{args.min_accuracy:g}, {args.max_accuracy:g}]"
     )
-    print_table(title, rows, ("accuracy", "questions", ""), right=1)
+    print_table(title, rows, ("accuracy", "questions", ""), right=(1,))
     print(
         f"too hard {report.too_hard}, too easy {report.too_easy}, "
         f"could not be judged {report.not_judged}"
