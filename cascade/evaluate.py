@@ -71,22 +71,6 @@ def _judge(row: Row, completions: Sequence[Completion]) -> list[dict[str, Any]]:
     return out
 
 
-def _requests(rows: Sequence[Row], first: int, seed: int) -> list[Any]:
-    """The requests of rows number `first` and on."""
-    from internvl.sampler import SampleRequest
-
-    return [
-        SampleRequest(
-            question=row.prompt_text(row.data["question"]),
-            images=tuple(row.load_images()),
-            seed=seed + 1_000_003 * index,
-            system=row.data.get("system"),
-            max_tiles=row.tile_budget(None),
-        )
-        for index, row in enumerate(rows, start=first)
-    ]
-
-
 def predict(
     rows: Sequence[Row], sampler: Sampler, config: EvaluationConfig, *, output: Path
 ) -> list[dict[str, Any]]:
@@ -96,7 +80,7 @@ def predict(
     """
     from tqdm import tqdm
 
-    from internvl.sampler import SamplingConfig
+    from internvl.sampler import SamplingConfig, request_of
 
     limits: dict[str, Any] = {"max_tokens": config.max_tokens, "max_tiles": config.max_tiles}
     greedy = SamplingConfig(temperature=0.0, **limits)
@@ -105,7 +89,10 @@ def predict(
     with tqdm(total=len(rows), desc="evaluating", unit="question") as bar:
         for start in range(0, len(rows), QUESTIONS_AT_ONCE):
             part = rows[start : start + QUESTIONS_AT_ONCE]
-            requests = _requests(part, start, config.seed)
+            requests = [
+                request_of(row, config.seed + 1_000_003 * number)
+                for number, row in enumerate(part, start=start)
+            ]
             answers = zip(
                 part,
                 sampler.sample(requests, greedy),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internvl.data import IMAGE_PLACEHOLDER, Row
+from internvl.data import IMAGE_PLACEHOLDER, Row, image_fault
 from internvl.data.records import VIDEO_PLACEHOLDER
 from internvl.errors import UserError
 from internvl.folders import require_hf_layout
@@ -43,22 +43,17 @@ def ask(
     """
     from transformers.utils import logging
 
-    from internvl.sampler import SampleRequest, SamplingConfig, open_sampler
+    from internvl.sampler import SamplingConfig, open_sampler, request_of
 
     require_hf_layout(model)
     logging.disable_progress_bar()  # a reply is a line or two
     config = SamplingConfig(temperature=temperature, max_tokens=max_tokens, max_tiles=max_tiles)
     row = _row(pictures, question, num_frames)
-    request = SampleRequest(
-        question=row.prompt_text(row.data["question"]),
-        images=tuple(row.load_images()),
-        seed=seed,
-        system=system,
-        max_tiles=row.tile_budget(max_tiles),
-    )
+    if fault := image_fault(row):  # before a model is loaded
+        raise UserError(fault)
     sampler = open_sampler(model, backend=backend, seed=seed)
     try:
-        [[completion]] = sampler.sample([request], config)
+        [[completion]] = sampler.sample([request_of(row, seed)], config)
     finally:
         sampler.close()
     print(completion.text)

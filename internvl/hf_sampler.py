@@ -127,7 +127,7 @@ class TransformersSampler:
         """Sample all completions of a few requests together."""
         prompts = [
             encode_prompt(
-                *(self._processor, request.question, request.images),
+                *(self._processor, request.question, list(request.images)),
                 request.budget(config.max_tiles),
                 request.system,
             )

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from internvl.data import IMAGE_PLACEHOLDER
+from internvl.data import IMAGE_PLACEHOLDER, Row, RowImages
 from internvl.errors import DataError, UserError
 from internvl.folders import require_hf_layout
 from internvl.positions import checkpoint_step
@@ -48,7 +48,7 @@ class SampleRequest:
     """
 
     question: str
-    images: tuple[Image.Image, ...]
+    images: Sequence[Image.Image]
     seed: int
     system: str | None = None
     max_tiles: int | None = None
@@ -56,6 +56,17 @@ class SampleRequest:
     def budget(self, default: int) -> int:
         """The tile budget of this prompt, where the SamplingConfig's is `default`."""
         return default if self.max_tiles is None else self.max_tiles
+
+
+def request_of(row: Row, seed: int) -> SampleRequest:
+    """The request of a question's row; its images are decoded when the sampler comes to it."""
+    return SampleRequest(
+        question=row.prompt_text(row.data["question"]),
+        images=RowImages(row),
+        seed=seed,
+        system=row.data.get("system"),
+        max_tiles=row.tile_budget(None),
+    )
 
 
 @dataclass(frozen=True)

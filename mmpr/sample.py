@@ -12,7 +12,7 @@ import json
 import os
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,15 +206,10 @@ def only_bad_left(pending: Sequence[Row], quarantine: Quarantine) -> bool:
 
 def make_request(row: Row, seed: int) -> SampleRequest:
     """The sampler's request for one question; raises DataError for an image that is no good."""
-    from internvl.sampler import SampleRequest
+    from internvl.sampler import request_of
 
-    return SampleRequest(
-        question=row.prompt_text(row.data["question"]),
-        images=tuple(row.load_images()),
-        seed=question_seed(seed, row.data["id"]),
-        system=row.data.get("system"),
-        max_tiles=row.tile_budget(None),
-    )
+    request = request_of(row, question_seed(seed, row.data["id"]))
+    return replace(request, images=tuple(row.load_images()))
 
 
 def rollout_records(

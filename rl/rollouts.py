@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from internvl.data import Row
-from internvl.sampler import Completion, Sampler, SampleRequest, SamplingConfig
+from internvl.sampler import Completion, Sampler, SamplingConfig, request_of
 from rewards import Verdict, verify
 from rl.advantages import group_advantages, has_spread
 
@@ -133,23 +133,14 @@ class RolloutMaker:
         mine = [everyone[place] for place in places]
         repeats = [everyone[:place].count(everyone[place]) for place in places]
         requests = [
-            self._request(self.rows[index], batch, repeat)
-            for index, repeat in zip(mine, repeats, strict=True)
+            request_of(row, request_seed(s.seed, batch, row.data["id"], repeat))
+            for row, repeat in zip((self.rows[index] for index in mine), repeats, strict=True)
         ]
         answers = self.sampler.sample(requests, s.sampling)
         return [
             self._group(index, completions, weight_version)
             for index, completions in zip(mine, answers, strict=True)
         ]
-
-    def _request(self, row: Row, batch: int, repeat: int) -> SampleRequest:
-        return SampleRequest(
-            question=row.prompt_text(row.data["question"]),
-            images=tuple(row.load_images()),
-            seed=request_seed(self.settings.seed, batch, row.data["id"], repeat),
-            system=row.data.get("system"),
-            max_tiles=row.tile_budget(None),
-        )
 
     def _group(self, index: int, completions: list[Completion], weight_version: int) -> Group:
         data = self.rows[index].data

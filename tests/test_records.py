@@ -24,6 +24,7 @@ from internvl.data.records import tidy_record
 from internvl.data.rows import look_at_images
 from internvl.encoding import Encoder
 from internvl.errors import DataError
+from internvl.sampler import request_of
 from mmpr.sample import make_request
 
 
@@ -226,6 +227,22 @@ def test_a_video_for_trainer_and_sampler(folder: Path, tiny_model: Path) -> None
     assert [pixels(image) for image in request.images] == frames
     record = portable_record(one, folder / "r" / "rollouts.jsonl")
     assert (record["video"], record["num_frames"]) == ("clip", 3)
+
+
+def test_a_request_of_a_row_holds_no_pixels(folder: Path) -> None:
+    """A batch that waits for a sampler costs no memory: each image is decoded when its turn is."""
+    noise_image(40, 30, 1).save(folder / "late.png")
+    asked = {"id": "a", "image": ["late.png", "late.png"], "answer": "1"}
+    asked["question"] = "<image> and <image>"
+    (one,) = read(write(folder / "rows.jsonl", [asked]))
+    request = request_of(one, seed=3)
+    assert (len(request.images), request.seed, request.max_tiles) == (2, 3, None)
+    noise_image(40, 30, 2).save(folder / "late.png")
+    assert [pixels(image) for image in request.images] == [pixels(noise_image(40, 30, 2))] * 2
+    assert pixels(request.images[1]) == pixels(noise_image(40, 30, 2))
+    (folder / "late.png").unlink()
+    with pytest.raises(DataError, match=r"late\.png: no such image"):
+        list(request.images)
 
 
 # ---- paths ----

@@ -40,6 +40,7 @@ from internvl.data.records import Kind as Kind
 from internvl.data.records import RecordFault as RecordFault
 from internvl.data.records import find_fault as find_fault
 from internvl.data.rows import Row as Row
+from internvl.data.rows import RowImages as RowImages
 from internvl.data.rows import image_fault as image_fault
 from internvl.data.rowsets import Rows as Rows
 from internvl.data.rowsets import Selection as Selection

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from internvl.data.records import (
     DEFAULT_FRAMES,
@@ -147,6 +147,31 @@ class Row:
         if self.num_frames:
             return [(TILE_SIDE, TILE_SIDE)] * self.num_frames
         return [image_size(source) for source in self.image_sources()]
+
+
+class RowImages(Sequence["Image.Image"]):
+    """What `Row.load_images` gives, decoded each time that it is gone through.
+
+    So a batch of questions that wait for a sampler holds no pixels.
+    """
+
+    def __init__(self, row: Row):
+        self._row = row
+
+    def __len__(self) -> int:
+        return self._row.num_frames or len(self._row.images)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return iter(self._row.load_images())
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Image.Image]: ...
+
+    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
+        return self._row.load_images()[index]
 
 
 def path_fault(path: Path, root: Path) -> str | None:
