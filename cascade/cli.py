@@ -15,7 +15,7 @@ _EXAMPLE = """\
 example:
 
   cascade demo                          the whole on a small world, 12 to 15 minutes on 2 cores
-  cascade demo --preset tiny            the same in under 2 minutes, to see that all of it runs
+  cascade demo --preset tiny            the same in 2 to 3 minutes, to see that all of it runs
   cascade evaluate heldout.jsonl --model runs/demo/stages/rl --output runs/demo/eval/rl
   cascade report runs/demo              make runs/demo/report.html again
 
