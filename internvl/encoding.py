@@ -25,6 +25,7 @@ from internvl.data.rows import Sizes, look_at_images
 from internvl.errors import DataError
 from internvl.packing import Example
 from internvl.positions import draw_steps
+from internvl.tiling import count_tiles, processor_tile_size
 
 if TYPE_CHECKING:
     from transformers import InternVLProcessor
@@ -139,11 +140,11 @@ class Encoder:
             replies = self._replies(row, prompt) if kind == "pair" else [[]]
             text_tokens = len(encoded.ids) + max(map(len, replies))
         settings = tile_settings(len(sizes), row.tile_budget(self.max_tiles))
+        side = processor_tile_size(self.processor.image_processor)
         tiles = sum(
-            self.processor.image_processor.get_number_of_image_patches(height, width, settings)
-            for width, height in sizes
+            count_tiles(*size, max_tiles=settings["max_patches"], tile_size=side) for size in sizes
         )
-        return text_tokens + int(tiles) * self.processor.image_seq_length
+        return text_tokens + tiles * self.processor.image_seq_length
 
     def fault(self, row: Row, kind: Kind, room: int = 0) -> str | None:
         """Why a row cannot be trained on, or None: its images and its length are looked at.

@@ -116,7 +116,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_config(path: Path, content: dict[str, Any]) -> None:
     """Write a configuration as transformers does: sorted, indented by two."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")
@@ -216,8 +216,8 @@ def _new_hf_files(source: _Source, out: Path) -> dict[str, Any]:
             )
     processor.save_pretrained(out)
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    write_json(out / "generation_config.json", ids)
-    write_json(out / "config.json", config)
+    write_config(out / "generation_config.json", ids)
+    write_config(out / "config.json", config)
     return config
 
 
@@ -289,7 +289,7 @@ def _new_chat_files(source: _Source, out: Path) -> dict[str, Any]:
 
     template, tiles, notes = published_processor(source.folder, source.config, out)
     chat = chat_config(source.config, template=template, tiles=tiles)
-    write_json(out / "config.json", chat)
+    write_config(out / "config.json", chat)
     if (source.folder / "generation_config.json").is_file():
         shutil.copyfile(source.folder / "generation_config.json", out / "generation_config.json")
     for note in notes:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internvl.conversion.convert import whole_folder, write_json
+from internvl.conversion.convert import whole_folder, write_config
 from internvl.conversion.originals import FOLDER
 from internvl.conversion.processors import TOKENIZER_FILES
 from internvl.conversion.published import DTYPES
@@ -59,7 +59,7 @@ def merge_adapter(
         _save(model, partial, dtype)
         _copy_processor(folder, partial)
         # as the base has it, and not as today's transformers would fill it in
-        write_json(partial / "config.json", config)
+        write_config(partial / "config.json", config)
 
 
 def _adapter_settings(adapter: Path) -> dict[str, Any]:
