@@ -12,8 +12,9 @@ format_ok=True, reason=None)
 
 from rewards.extract import STYLES, Extraction, extract
 from rewards.match import MATCHERS
+from rewards.pool import VerifierPool, verify
 from rewards.reasons import CannotJudge
-from rewards.verdict import Outcome, Verdict, request_fault, verify
+from rewards.verdict import Outcome, Task, Verdict, request_fault, task_of
 
 __all__ = [
     "MATCHERS",
@@ -21,8 +22,11 @@ __all__ = [
     "CannotJudge",
     "Extraction",
     "Outcome",
+    "Task",
     "Verdict",
+    "VerifierPool",
     "extract",
     "request_fault",
+    "task_of",
     "verify",
 ]

@@ -17,11 +17,13 @@ from. Text inside <think>..</think> never counts as an answer.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from rewards.markup import brace_end, clean
+
 Style = Literal["final", "boxed", "r1", "letter", "prose", "none"]
-STYLES = ("auto", "final", "boxed", "r1", "letter")
+STYLES = ("auto", "final", "boxed", "r1", "letter", "short", "box")
 
 # The marker may be bold or a heading ("**Final Answer:** 9"), its colon half or full width.
 _MARKER = re.compile(
@@ -48,12 +50,13 @@ class Extraction:
 
     text: the final answer without markdown and closing punctuation, None where there is none.
     style: where it was found ("prose": "the answer is ..", which no prompt style asks for).
-    format_ok: a prompt style was followed as asked.
+    format_ok: a prompt style was followed as asked. fault: why it was not, or why nothing was read.
     """
 
     text: str | None
     style: Style
     format_ok: bool
+    fault: str | None = field(default=None, compare=False, repr=False)
 
 
 NOTHING = Extraction(None, "none", False)
@@ -71,6 +74,8 @@ def extract(completion: str, style: str = "auto") -> Extraction:
     """
     if style not in STYLES:
         raise ValueError(f"style {style!r} is unknown; one of: {', '.join(STYLES)}")
+    if style in ("short", "box"):
+        return Extraction(clean(completion) or None, "prose", format_ok=bool(clean(completion)))
     if style == "letter":
         return _letter(_after_think(completion) or "", anywhere=True)
     if style == "final":
@@ -80,69 +85,6 @@ def extract(completion: str, style: str = "auto") -> Extraction:
     if style == "r1" or "<think>" in completion or "</think>" in completion:
         return _r1(completion, strict_box=style == "r1")
     return _auto(completion)
-
-
-_BOLD = re.compile(r"(?<!\w)\*\*([^*\n]{1,200})\*\*(?!\w)")  # not the power in 2**3
-
-
-def clean(text: str) -> str:
-    r"""An answer without the wrapping that carries no meaning: `$`, `**`, \text{}, quotes, a
-    closing full stop.
-
-    >>> clean(r" **$\text{B}$.** ")
-    'B'
-    """
-    before = None
-    text = _BOLD.sub(r"\1", text.strip())
-    for _ in range(8):  # wrappings nest only a few deep; a bound keeps hostile input linear
-        if text == before:
-            break
-        before = text
-        text = text.strip(" \t\r\n*`")
-        text = _unwrap(text)
-        if not text.endswith("..."):
-            text = text.rstrip(".。，；;！").rstrip()
-    return text
-
-
-_WRAPPERS = (
-    ("$$", "$$"),
-    ("$", "$"),
-    ("\\(", "\\)"),
-    ("\\[", "\\]"),
-    ('"', '"'),
-    ("“", "”"),
-    ("'", "'"),
-    ("__", "__"),
-)
-_COMMAND = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s{0,2}\{")
-
-
-def _unwrap(text: str) -> str:
-    for left, right in _WRAPPERS:
-        if not (text.startswith(left) and text.endswith(right)):
-            continue
-        inner = text[len(left) : -len(right)]
-        # "$1$ and $2$" is not one wrapped answer
-        if inner and left not in inner and right not in inner:
-            return inner.strip()
-    if (command := _COMMAND.match(text)) and _brace_end(text, command.end()) == len(text):
-        return text[command.end() : -1].strip()
-    return text
-
-
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text
-
-
-def _brace_end(text: str, start: int) -> int | None:
-    """The index after the `}` that closes the brace opened just before `start`, or None."""
-    depth = 1
-    for brace in _BRACE.finditer(text, start):
-        if brace.group() in "{}":
-            depth += 1 if brace.group() == "{" else -1
-            if depth == 0:
-                return brace.end()
-    return None
 
 
 def _after_think(completion: str) -> str | None:
@@ -161,7 +103,7 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
     found = []
     position = unclosed = 0
     while unclosed < _MAX_OPEN_BOXES and (opening := _BOX.search(text, position)):
-        end = _brace_end(text, opening.end())
+        end = brace_end(text, opening.end())
         if end is None:
             unclosed += 1
             position = opening.end()

@@ -11,7 +11,7 @@ import logging
 import re
 from typing import Any
 
-from rewards.extract import clean
+from rewards.markup import clean
 from rewards.reasons import CannotJudge
 
 MAX_LENGTH = 300

@@ -1,27 +1,38 @@
-"""One completion against its gold answer: extraction, then a matcher, then a `Verdict`."""
+"""One completion against its gold answers: what is to be compared, and what follows from it.
+
+    Task -> plan_comparisons -> Comparison, .. -> run -> Result, .. -> conclude -> Verdict
+
+Both ends are pure; only the middle takes time, and only it can hang (rewards/pool.py).
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from rewards.extract import extract
+from rewards.choices import options_in
+from rewards.extract import Extraction, extract
+from rewards.lists import is_list_of_lists
 from rewards.match import MATCHERS, get_matcher
 from rewards.quantities import read_number
 from rewards.reasons import CannotJudge
 
 _CAPITAL = re.compile(r"\(?[A-Z]\)?\.?")
+_FORMULA = re.compile(r"\\[A-Za-z]|\^|[√π]")
+_BOX = re.compile(r"\s*<box>")
+GROUNDING = ("box", "point")  # their answers are written in a way of their own
 
 
 class Outcome(StrEnum):
     """How a verdict came out; equal to its own string.
 
     no_answer: the completion has no final answer. cannot_judge: the gold answer means nothing to
-    its matcher, or the matcher cannot decide. timeout: a matcher ran past its limit (only a pool
-    with a clock gives it). The last two are neither right nor wrong and are never in a pair.
+    its matcher, or the judge failed. timeout: a matcher ran past its limit. The last two are
+    neither right nor wrong and are never in a pair.
     """
 
     CORRECT = "correct"
@@ -48,78 +59,197 @@ class Verdict:
     reason: str | None = None
 
 
+@dataclass(frozen=True)
+class Task:
+    """One completion to judge.
+
+    answers: the gold answers; any of them is right. matchers: the names to compare by, where the
+    question or its data set names any; one that accepts is enough. options: the texts of a
+    multiple-choice question. style: how the prompt asked for the answer (`extract.STYLES`).
+    least: the least score that is a match, where it is not the matcher's own.
+    """
+
+    completion: str
+    answers: tuple[str, ...]
+    matchers: tuple[str, ...] = ()
+    options: tuple[str, ...] | None = None
+    style: str = "auto"
+    least: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A prediction and a gold answer under one matcher; what a result is cached by."""
+
+    matcher: str
+    prediction: str
+    gold: str
+    options: tuple[str, ...] | None = None
+
+    def run(self) -> Result:
+        """The result, computed here and now, however long it takes."""
+        try:
+            return Result(MATCHERS[self.matcher](self.prediction, self.gold, self.options))
+        except CannotJudge as error:
+            return Result(None, str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A comparison's score, or None and the reason; timeout: it ran past its limit."""
+
+    score: float | None
+    reason: str | None = None
+    timeout: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be compared for one task, fast matchers first; nothing without an answer."""
+
+    found: Extraction
+    matcher: str
+    comparisons: tuple[Comparison, ...]
+    least: float | None = None
+
+    def least_of(self, matcher: str) -> float:
+        """The least score that is a match under a matcher."""
+        return MATCHERS[matcher].least if self.least is None else self.least
+
+    def accepts(self, comparison: Comparison, result: Result) -> bool:
+        """Whether a result is a match."""
+        return result.score is not None and result.score >= self.least_of(comparison.matcher)
+
+
 def choose_matcher(gold: str, options: Sequence[str] | None = None) -> str:
     """The matcher for a gold answer when none is named.
 
-    choice when there are options or the gold is one capital letter, number when the gold is a
-    number (with a known unit or none), otherwise exact.
+    choice when there are options or the gold is one capital letter, box for <box>, number when the
+    gold is a number (with a known unit or none), math for a formula, otherwise exact.
 
     >>> choose_matcher("B"), choose_matcher("12 cm"), choose_matcher("3 Doors Down")
     ('choice', 'number', 'exact')
     """
     if options or _CAPITAL.fullmatch(gold.strip()):
         return "choice"
-    return "number" if read_number(gold, known_units=True) is not None else "exact"
+    if _BOX.match(gold):
+        return "box"
+    if read_number(gold, known_units=True) is not None:
+        return "number"
+    return "math" if _FORMULA.search(gold) else "exact"
+
+
+def matcher_names(matcher: object) -> tuple[str, ...]:
+    """The names in a "matcher" field: one name, or a list of names; () for None.
+
+    Raises ValueError, naming the known ones, for anything else.
+    """
+    names = [matcher] if isinstance(matcher, str) else [] if matcher is None else matcher
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"matcher {matcher!r} is neither a name nor a list of names")
+    for name in names:
+        get_matcher(name)
+    return tuple(names)
+
+
+def gold_answers(answer: object, matchers: Sequence[str] = ()) -> tuple[str, ...]:
+    """The gold answers of a field that holds one or several; any of them is right.
+
+    A number is its own text. Under list, box and point a list may itself be one gold answer:
+    ["a", "b"] are the two items of a list unless an item is a list of its own ("a, b").
+    Raises ValueError for an empty list or another type.
+
+    >>> gold_answers(["NYC", "New York"]), gold_answers(["a", "b"], ["list"])
+    (('NYC', 'New York'), ('["a", "b"]',))
+    """
+    if isinstance(answer, str):
+        return (answer,)
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        return (str(answer),)
+    if not isinstance(answer, list | tuple):
+        raise ValueError(f"answer {answer!r} is neither a text nor a list of texts")
+    if not answer:
+        raise ValueError("answer is an empty list; give at least one gold answer")
+    one_list = "list" in matchers and not is_list_of_lists(answer)
+    if one_list or (set(matchers) & set(GROUNDING) and not isinstance(answer[0], str)):
+        return (json.dumps(answer, ensure_ascii=False),)
+    return tuple(gold for item in answer for gold in gold_answers(item, matchers))
+
+
+def plan_comparisons(task: Task) -> Plan:
+    """Read a completion's final answer and say what it is to be compared with."""
+    pairs = [
+        (name, gold)
+        for gold in task.answers
+        for name in task.matchers or (choose_matcher(gold, task.options),)
+    ]
+    grounded = pairs[0][0] in GROUNDING
+    found = extract(task.completion, "box" if grounded and task.style == "auto" else task.style)
+    if found.text is None:
+        return Plan(found, pairs[0][0], ())
+    comparisons = [
+        Comparison(name, found.text, gold, task.options if name == "choice" else None)
+        for name, gold in sorted(pairs, key=lambda pair: MATCHERS[pair[0]].slow)
+    ]
+    return Plan(found, pairs[0][0], tuple(comparisons), task.least)
+
+
+def conclude(plan: Plan, results: Sequence[Result]) -> Verdict:
+    """The verdict from the results of a plan's comparisons (as many as were needed, in order).
+
+    A match by any of them is correct. Otherwise one that ran out of time leaves it open, and one
+    that was judged makes it wrong, whatever the others could not judge.
+    """
+    found = plan.found
+    if found.text is None:
+        return Verdict(Outcome.NO_ANSWER, None, plan.matcher, 0.0, found.format_ok)
+    done = list(zip(plan.comparisons, results, strict=False))
+    judged = [(c, r) for c, r in done if r.score is not None]
+    accepted = [(c, r) for c, r in judged if plan.accepts(c, r)]
+    if accepted:
+        outcome = Outcome.CORRECT
+    elif any(result.timeout for result in results):
+        outcome = Outcome.TIMEOUT
+    else:
+        outcome = Outcome.WRONG if judged else Outcome.CANNOT_JUDGE
+    if outcome in (Outcome.CORRECT, Outcome.WRONG):
+        comparison, result = max(accepted or judged, key=lambda pair: pair[1].score or 0.0)
+    else:
+        open_ones = [pair for pair in done if pair[1].score is None]
+        comparison, result = max(open_ones, key=lambda pair: pair[1].timeout)
+    return Verdict(
+        outcome, found.text, comparison.matcher, result.score, found.format_ok, result.reason
+    )
+
+
+def task_of(record: Mapping[str, Any], completion: str, *, style: str = "auto") -> Task:
+    """The task of judging a completion of a question's record.
+
+    Read are its fields answer, matcher (a name or a list of names) and options (without them,
+    those that the question itself lists: "A. Paris", one a line).
+    Raises ValueError for a matcher or an answer that is none.
+    """
+    matchers = matcher_names(record.get("matcher"))
+    answers = gold_answers(record["answer"], matchers)
+    options = record.get("options")
+    if options is None and isinstance(record.get("question"), str):
+        options = options_in(record["question"])
+    return Task(completion, answers, matchers, None if options is None else tuple(options), style)
 
 
 def request_fault(record: Mapping[str, Any]) -> str | None:
     """What is wrong with the "matcher" or the "options" that a question asks for, or None.
 
-    >>> request_fault({"matcher": "psychic"})
-    "matcher 'psychic' is unknown; one of: exact, vqa, choice, number, relaxed, anls, math"
+    >>> request_fault({"matcher": ["psychic"]})[:30]
+    "matcher 'psychic' is unknown; "
     """
-    matcher, options = record.get("matcher"), record.get("options")
-    if matcher is not None and matcher not in MATCHERS:
-        return f"matcher {matcher!r} is unknown; one of: {', '.join(MATCHERS)}"
+    options = record.get("options")
+    try:
+        matcher_names(record.get("matcher"))
+    except ValueError as error:
+        return str(error)
     if options is not None and not (
         isinstance(options, list) and all(isinstance(item, str) for item in options)
     ):
         return "field 'options' is not a list of strings"
     return None
-
-
-def verify(
-    completion: str,
-    answer: str | Sequence[str],
-    *,
-    matcher: str | None = None,
-    options: Sequence[str] | None = None,
-    style: str = "auto",
-) -> Verdict:
-    """Judge one completion against its gold answer, or against the best of several.
-
-    matcher: one of `MATCHERS`; None chooses by the gold answer (`choose_matcher`). options: the
-    texts of a multiple-choice question, in order. style: one of `extract.STYLES`.
-    Raises ValueError for an unknown matcher or style, or an empty list of answers.
-
-    >>> verify("The answer must be 5. Final answer: 15", "5").outcome
-    <Outcome.WRONG: 'wrong'>
-    >>> verify("I cannot tell.", "5").outcome == "no_answer"
-    True
-    """
-    golds = [answer] if isinstance(answer, str) else list(answer)
-    if not golds:
-        raise ValueError("answer is an empty list; give at least one gold answer")
-    names = [matcher or choose_matcher(gold, options) for gold in golds]
-    for name in names:
-        get_matcher(name)
-    found = extract(completion, style)
-    if found.text is None:
-        return Verdict(Outcome.NO_ANSWER, None, names[0], 0.0, found.format_ok)
-    best: tuple[float, str] | None = None
-    reason = None
-    for gold, name in zip(golds, names, strict=True):
-        try:
-            score = MATCHERS[name](found.text, gold, options)
-        except CannotJudge as error:
-            reason = reason or str(error)
-            continue
-        if best is None or score > best[0]:
-            best = (score, name)
-        if score == 1.0:
-            break
-    if best is None:
-        outcome = Outcome.CANNOT_JUDGE
-        return Verdict(outcome, found.text, names[0], None, found.format_ok, reason)
-    outcome = Outcome.CORRECT if best[0] > 0 else Outcome.WRONG
-    return Verdict(outcome, found.text, best[1], best[0], found.format_ok)

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewards import MATCHERS, STYLES, CannotJudge, Outcome, Verdict, verify
+from rewards.choices import match_choice
 from rewards.match import MATCHERS as TABLE
-from rewards.match import match_anls, match_choice, match_relaxed
 from rewards.maths import danger
+from rewards.numbers import match_relaxed
 from rewards.quantities import read_number
+from rewards.texts import match_anls
 from rewards.verdict import choose_matcher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,7 +203,7 @@ def test_the_best_of_several_golds_decides():
 
 
 def test_unknown_names_are_clear():
-    known = "exact, vqa, choice, number, relaxed, anls, math"
+    known = "exact, vqa, choice, number, relaxed, anls, math, list, box, point"
     with pytest.raises(ValueError, match=f"matcher 'fuzzy' is unknown; one of: {known}"):
         verify("no answer at all", "9", matcher="fuzzy")
     with pytest.raises(ValueError, match="style 'xml' is unknown; one of: auto, final, boxed"):
@@ -222,6 +224,8 @@ def test_defect_1_anls_is_not_inverted():
 def test_defect_2_a_gold_inside_the_prediction_is_no_match(matcher):
     if matcher == "choice":
         assert match_choice("AB", "B") == 0.0
+    elif matcher in ("box", "point"):
+        assert verify("[1, 2, 15, 15]", "[1, 2, 5, 5]", matcher=matcher).outcome == "wrong"
     else:
         assert verify("Final answer: 15", "5", matcher=matcher).outcome == "wrong"
 
