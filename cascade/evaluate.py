@@ -1,6 +1,6 @@
 """Held-out accuracy of a checkpoint: greedy and sampled at temperature 1.
 
-questions -> sampler (greedy; k samples) -> rewards.verify -> predictions.jsonl, metrics.json
+questions -> sampler (greedy; k samples) -> rewards -> predictions.jsonl, metrics.json
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl.data import Row, store_images, write_json, write_jsonl
-from rewards import verify
+from rewards import VerifierPool, task_of
 
 if TYPE_CHECKING:
     from internvl.sampler import Completion, Sampler
@@ -50,25 +50,18 @@ def mean_and_se(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / n)
 
 
-def _judge(row: Row, completions: Sequence[Completion]) -> list[dict[str, Any]]:
-    out = []
-    for completion in completions:
-        verdict = verify(
-            completion.text,
-            row.data["answer"],
-            matcher=row.data.get("matcher"),
-            options=row.data.get("options"),
-        )
-        out.append(
-            {
-                "completion": completion.text,
-                "outcome": str(verdict.outcome),
-                # one that was cut never followed the format, whatever it holds
-                "format_ok": verdict.format_ok and completion.finish_reason == "stop",
-                "tokens": len(completion.token_ids),
-            }
-        )
-    return out
+def _judge(row: Row, completions: Sequence[Completion], pool: VerifierPool) -> list[dict[str, Any]]:
+    verdicts = pool.map(task_of(row.data, completion.text) for completion in completions)
+    return [
+        {
+            "completion": completion.text,
+            "outcome": str(verdict.outcome),
+            # one that was cut never followed the format, whatever it holds
+            "format_ok": verdict.format_ok and completion.finish_reason == "stop",
+            "tokens": len(completion.token_ids),
+        }
+        for completion, verdict in zip(completions, verdicts, strict=True)
+    ]
 
 
 def predict(
@@ -86,7 +79,8 @@ def predict(
     greedy = SamplingConfig(temperature=0.0, **limits)
     sampled = SamplingConfig(n=config.samples, temperature=1.0, **limits)
     records = []
-    with tqdm(total=len(rows), desc="evaluating", unit="question") as bar:
+    bar = tqdm(total=len(rows), desc="evaluating", unit="question")
+    with bar, VerifierPool() as pool:
         for start in range(0, len(rows), QUESTIONS_AT_ONCE):
             part = rows[start : start + QUESTIONS_AT_ONCE]
             requests = [
@@ -99,25 +93,27 @@ def predict(
                 sampler.sample(requests, sampled),
                 strict=True,
             )
-            records += [_record(row, one, many, output) for row, one, many in answers]
+            records += [_record(row, one + many, output, pool) for row, one, many in answers]
             bar.update(len(part))
     return records
 
 
 def _record(
-    row: Row, one: Sequence[Completion], many: Sequence[Completion], output: Path
+    row: Row, completions: Sequence[Completion], output: Path, pool: VerifierPool
 ) -> dict[str, Any]:
+    """The prediction record of a question; the first completion is the greedy one."""
     files = row.image_sources()
     if any(isinstance(file, bytes) for file in files):
         files = [*store_images(row, output)]
+    greedy, *sampled = _judge(row, completions, pool)
     return {
         "id": row.data["id"],
         "image": [str(file.resolve()) for file in files if isinstance(file, Path)],
         "question": row.data["question"],
         "answer": row.data["answer"],
         **({"solution": row.data["solution"]} if "solution" in row.data else {}),
-        "greedy": _judge(row, one)[0],
-        "sampled": _judge(row, many),
+        "greedy": greedy,
+        "sampled": sampled,
     }
 
 

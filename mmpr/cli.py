@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from internvl.terminal import Command, command_parser, run_command
 from mmpr import commands
 from rewards import STYLES
+from rewards.pool import DEFAULT_LIMIT
 
 _ABOUT = "Preference data for MPO and questions for online RL, from questions with gold answers."
 _EXAMPLE = """\
@@ -113,6 +115,21 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         choices=STYLES,
         default="auto",
         help="how the prompt asked for the final answer (default: auto)",
+    )
+    add = parser.add_argument
+    add(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help="processes for mathematics, which alone can hang (default: %(default)s, by the cores)",
+    )
+    add(
+        "--limit",
+        type=float,
+        default=DEFAULT_LIMIT,
+        metavar="S",
+        help="seconds of one comparison, then its outcome is timeout (default: %(default)s)",
     )
 
 

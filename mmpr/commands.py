@@ -133,13 +133,21 @@ def run_verify(args: argparse.Namespace) -> None:
     """`mmpr verify`."""
     from tqdm import tqdm
 
+    from rewards import VerifierPool
+
+    if args.workers < 1:
+        raise UserError(f"--workers is {args.workers}; it must be at least 1")
+    if not args.limit > 0:
+        raise UserError(f"--limit is {args.limit}; give seconds, above 0")
     _refuse_overwrite(args.rollouts, args.output)
     quarantine = _quarantine(args)
     rows = read_rows(args.rollouts, kind="rollout", quarantine=quarantine)
     bad_before = quarantine.count
     report = VerifyReport()
-    bar = tqdm(rows, desc="verifying", unit="rollout", delay=1)
-    write_jsonl(args.output, verify_rows(bar, report, quarantine, args.style))
+    with VerifierPool(args.workers, limit=args.limit) as pool:
+        verdicts = verify_rows(rows, report, quarantine, pool, args.style)
+        bar = tqdm(verdicts, total=len(rows), desc="verifying", unit="rollout", delay=1)
+        write_jsonl(args.output, bar)
     quarantine.check(len(rows) + bad_before)
     write_json(_beside(args.output, ".stats.json"), report.as_dict())
     _print_verify(args.output, report)
@@ -153,7 +161,7 @@ def _print_verify(output: Path, report: VerifyReport) -> None:
     title = f"{output}: {report.total} rollouts of {len(report.questions)} questions"
     print_table(title, rows, ("outcome", "rollouts", "share"), right=(1,))
     for reason, count in report.reasons.most_common(3):
-        print(f"cannot judge ({count}): {reason}")
+        print(f"not judged ({count}): {reason}")
 
 
 def run_pair(args: argparse.Namespace) -> None:

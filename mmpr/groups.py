@@ -13,7 +13,8 @@ ROLLOUT_FIELDS = (
     "top_p", "top_k", "max_tokens",
 )  # fmt: skip
 VERDICT_FIELDS = (
-    "outcome", "extracted", "matcher", "score", "format_ok", "requested_matcher",
+    "outcome", "extracted", "matcher", "score", "format_ok", "reason",
+    "requested_matcher",
 )  # fmt: skip
 OUTCOMES = tuple(str(outcome) for outcome in Outcome)
 JUDGED = ("correct", "wrong", "no_answer")  # cannot_judge and timeout are neither right nor wrong

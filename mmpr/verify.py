@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from internvl.data import Quarantine, Row
-from rewards import Outcome, request_fault, verify
+from rewards import Outcome, Task, Verdict, VerifierPool, request_fault, task_of
 
 
 @dataclass
@@ -27,15 +27,15 @@ class VerifyReport:
         """The number of verdicts."""
         return sum(self.outcomes.values())
 
-    def add(self, record: dict[str, Any], reason: str | None) -> None:
+    def add(self, record: dict[str, Any]) -> None:
         """Count one verdict record."""
         self.outcomes[record["outcome"]] += 1
         self.matchers[record["matcher"]] += 1
         self.format_ok += record["format_ok"]
         self.cut_off += record.get("finish_reason") == "length"
         self.questions.add(record["id"])
-        if reason is not None:
-            self.reasons[reason] += 1
+        if "reason" in record:
+            self.reasons[record["reason"]] += 1
 
     def as_dict(self) -> dict[str, Any]:
         """The counts as JSON."""
@@ -50,27 +50,24 @@ class VerifyReport:
         }
 
 
-def verify_rollout(
-    record: dict[str, Any], style: str = "auto"
-) -> tuple[dict[str, Any], str | None]:
-    """The verdict record of a rollout, and the reason when it cannot be judged.
+def rollout_task(record: dict[str, Any], style: str = "auto") -> Task:
+    """What is to be judged of a rollout, or again of a verdict, by the matcher that it asked for.
 
-    The verdict's `matcher` is the one that decided; a matcher that the question itself named is
-    kept as `requested_matcher`, so that `select` can give the question back as it was. A
-    completion cut off at max_tokens never followed the format, whatever it holds.
-    Raises ValueError for an unknown matcher or style.
+    Raises ValueError for an unknown matcher.
     """
-    if "outcome" in record:  # a verdict, verified again
-        requested = record.get("requested_matcher")
-    else:
-        requested = record.get("matcher")
-    verdict = verify(
-        record["completion"],
-        record["answer"],
-        matcher=requested,
-        options=record.get("options"),
-        style=style,
-    )
+    # a verdict's own `matcher` is the one that decided
+    asked = record.get("requested_matcher" if "outcome" in record else "matcher")
+    return task_of({**record, "matcher": asked}, record["completion"], style=style)
+
+
+def judged_record(record: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
+    """The verdict record of a rollout.
+
+    The verdict's `matcher` is the one that decided; what the question itself named is kept as
+    `requested_matcher`, so that `select` can give the question back as it was. A completion cut off
+    at max_tokens never followed the format, whatever it holds.
+    """
+    asked = record.get("requested_matcher" if "outcome" in record else "matcher")
     judged = {
         **record,
         "outcome": str(verdict.outcome),
@@ -79,21 +76,36 @@ def verify_rollout(
         "score": verdict.score,
         "format_ok": verdict.format_ok and record.get("finish_reason") != "length",
     }
-    if requested is not None:
-        judged["requested_matcher"] = requested
-    return judged, verdict.reason
+    if verdict.reason is not None:
+        judged["reason"] = verdict.reason
+    else:
+        judged.pop("reason", None)  # of an earlier verdict
+    if asked is not None:
+        judged["requested_matcher"] = asked
+    return judged
 
 
 def verify_rows(
-    rows: Iterable[Row], report: VerifyReport, quarantine: Quarantine, style: str = "auto"
+    rows: Iterable[Row],
+    report: VerifyReport,
+    quarantine: Quarantine,
+    pool: VerifierPool,
+    style: str = "auto",
 ) -> Iterator[dict[str, Any]]:
     """The verdict of each rollout row, counted in `report`; a row that asks for an unknown matcher
     goes to the quarantine.
     """
-    for row in rows:
-        if fault := request_fault(row.data):
-            quarantine.add(row.file, row.line, fault, row.data)
-            continue
-        record, reason = verify_rollout(row.data, style)
-        report.add(record, reason)
+    waiting: deque[dict[str, Any]] = deque()  # handed to the pool, which keeps the order
+
+    def tasks() -> Iterator[Task]:
+        for row in rows:
+            if fault := request_fault(row.data):
+                quarantine.add(row.file, row.line, fault, row.data)
+                continue
+            waiting.append(row.data)
+            yield rollout_task(row.data, style)
+
+    for verdict in pool.map(tasks()):
+        record = judged_record(waiting.popleft(), verdict)
+        report.add(record)
         yield record

@@ -22,7 +22,8 @@ from mmpr.sample import (
     recover,
     sample_questions,
 )
-from mmpr.verify import verify_rollout
+from mmpr.verify import judged_record, rollout_task
+from rewards import VerifierPool
 
 
 class FakeSampler:
@@ -329,7 +330,8 @@ def test_an_unknown_matcher_is_quarantined(tmp_path, capsys):
 
 
 def test_a_verdict_that_is_not_whole_is_quarantined(tmp_path):
-    whole, _ = verify_rollout(rollout("Final Answer: 9"))
+    record = rollout("Final Answer: 9")
+    whole = judged_record(record, VerifierPool().judge(rollout_task(record)))
     rows = [whole | {"sample": i} for i in range(3)]
     rows[1] = rows[1] | {"outcome": "maybe"}
     rows[2] = rows[2] | {"extracted": None}

@@ -10,7 +10,8 @@ from internvl.errors import UserError
 from mmpr.groups import strip_rollout
 from mmpr.pairs import PairConfig, build_pairs, contains_answer, even_pairs
 from mmpr.select import accuracy, select_questions
-from mmpr.verify import verify_rollout
+from mmpr.verify import judged_record, rollout_task
+from rewards import VerifierPool
 
 # verify
 
@@ -22,30 +23,35 @@ def rollout(completion, answer="9", **more):
     }  # fmt: skip
 
 
-def test_verify_rollout():
-    record, reason = verify_rollout(rollout("Final Answer: 9"))
-    assert reason is None
+def judged(record):
+    return judged_record(record, VerifierPool().judge(rollout_task(record)))
+
+
+def test_judged_record():
+    record = judged(rollout("Final Answer: 9"))
     assert record == rollout("Final Answer: 9") | {
         "outcome": "correct", "extracted": "9", "matcher": "number", "score": 1.0,
         "format_ok": True,
     }  # fmt: skip
     assert type(record["outcome"]) is str
-    record, reason = verify_rollout(rollout("Final Answer: 9", answer="red", matcher="number"))
-    assert record["outcome"] == "cannot_judge" and "not a number" in reason
+    record = judged(rollout("Final Answer: 9", answer="red", matcher="number"))
+    assert record["outcome"] == "cannot_judge" and "not a number" in record["reason"]
+    again = judged(record | {"answer": "9"})
+    assert again["outcome"] == "correct" and "reason" not in again
 
 
 def test_a_completion_that_was_cut_off_did_not_follow_the_format():
-    record, _ = verify_rollout(rollout("Final Answer: 9", finish_reason="length"))
+    record = judged(rollout("Final Answer: 9", finish_reason="length"))
     assert (record["outcome"], record["format_ok"]) == ("correct", False)
 
 
 def test_the_questions_own_matcher_survives():
-    asked, _ = verify_rollout(rollout("Final Answer: 9", matcher="relaxed"))
+    asked = judged(rollout("Final Answer: 9", matcher="relaxed"))
     assert (asked["matcher"], asked["requested_matcher"]) == ("relaxed", "relaxed")
-    free, _ = verify_rollout(rollout("Final Answer: 9"))
+    free = judged(rollout("Final Answer: 9"))
     assert strip_rollout(asked) == {"id": "q", "question": "?", "answer": "9", "matcher": "relaxed"}
     assert strip_rollout(free) == {"id": "q", "question": "?", "answer": "9"}
-    again, _ = verify_rollout(free)  # a verdict verified again asks for nothing either
+    again = judged(free)  # a verdict verified again asks for nothing either
     assert again == free
 
 

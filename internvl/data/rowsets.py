@@ -108,6 +108,8 @@ class Rows(RowSequence):
             number = part.kept[number]
         data_set = part.data_set
         record, fault = _read(data_set.source, number, self._kind, check=not self._checked)
+        if data_set.name is not None and isinstance(record, dict):
+            record.setdefault("dataset", data_set.name)
         file, line = data_set.source.origin(number)
         return Row(record, file, line, data_set.root, data_set.max_tiles, fault)
 

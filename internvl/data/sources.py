@@ -115,12 +115,14 @@ class DataSet:
     """One data set: its records, the folder its images lie in, and what `meta.json` says of it.
 
     repeat: how often it is taken. max_tiles: the tile budget of its prompts (None: not given).
+    name: what `meta.json` calls it; its records carry it as "dataset" unless they name one.
     """
 
     source: Source
     root: Path
     repeat: float = 1.0
     max_tiles: int | None = None
+    name: str | None = None
 
 
 def check_input(path: Path) -> None:
@@ -205,7 +207,7 @@ def open_data_sets(
         if not annotation.exists() and "*" not in annotation.name:
             raise DataError(f"{where}: {annotation}: no such file")
         source = open_source(annotation, cached_from=cached_from, quiet=quiet)
-        yield DataSet(source, root, repeat, max_tiles)
+        yield DataSet(source, root, repeat, max_tiles, name)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
