@@ -222,18 +222,26 @@ def conclude(plan: Plan, results: Sequence[Result]) -> Verdict:
     )
 
 
+def names_option(gold: str, options: Sequence[str]) -> bool:
+    """Whether a gold answer is one of the options, by letter or by text."""
+    return Comparison("choice", gold, gold, tuple(options)).run().score == 1.0
+
+
 def task_of(record: Mapping[str, Any], completion: str, *, style: str = "auto") -> Task:
     """The task of judging a completion of a question's record.
 
     Read are its fields answer, matcher (a name or a list of names) and options (without them,
-    those that the question itself lists: "A. Paris", one a line).
+    those that the question itself lists, where each gold answer is one of them).
     Raises ValueError for a matcher or an answer that is none.
     """
     matchers = matcher_names(record.get("matcher"))
     answers = gold_answers(record["answer"], matchers)
     options = record.get("options")
     if options is None and isinstance(record.get("question"), str):
-        options = options_in(record["question"])
+        listed = options_in(record["question"])
+        # a list in a question is not always one of options: then the gold answer is none of them
+        if listed and all(names_option(gold, listed) for gold in answers):
+            options = listed
     return Task(completion, answers, matchers, None if options is None else tuple(options), style)
 
 

@@ -1,0 +1,162 @@
+"""From golds and matchers to a verdict: what is compared with what, and what follows from it."""
+
+import pytest
+
+from rewards import Task, request_fault, task_of, verify
+from rewards.extract import Extraction
+from rewards.verdict import (
+    Comparison,
+    Plan,
+    Result,
+    choose_matcher,
+    conclude,
+    gold_answers,
+    plan_comparisons,
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "matchers", "golds"),
+    [
+        ("9", (), ("9",)),
+        (9, (), ("9",)),
+        (0.5, (), ("0.5",)),
+        (["NYC", "New York"], (), ("NYC", "New York")),
+        (["NYC", 9], (), ("NYC", "9")),
+        (("a", "b"), (), ("a", "b")),
+        # under "list" a flat list is one gold, a list of lists several
+        (["a", "b"], ("list",), ('["a", "b"]',)),
+        (["a, b", "a, c"], ("list",), ("a, b", "a, c")),
+        ([["a", "b"], ["a", "c"]], ("list",), ('["a", "b"]', '["a", "c"]')),
+        ("a, b", ("list",), ("a, b",)),
+        # coordinates are one gold, texts are several
+        ([1, 2, 3, 4], ("box",), ("[1, 2, 3, 4]",)),
+        ([[1, 2, 3, 4], [5, 6, 7, 8]], ("box",), ("[[1, 2, 3, 4], [5, 6, 7, 8]]",)),
+        ([5, 6], ("point",), ("[5, 6]",)),
+        (["[1, 2, 3, 4]", "[5, 6, 7, 8]"], ("box",), ("[1, 2, 3, 4]", "[5, 6, 7, 8]")),
+    ],
+)
+def test_gold_answers(answer, matchers, golds):
+    assert gold_answers(answer, matchers) == golds
+
+
+@pytest.mark.parametrize("answer", [None, True, {"a": 1}, [None], [[]], object()])
+def test_what_is_no_answer_is_said(answer):
+    with pytest.raises(ValueError, match=r"neither a text nor a list of texts|empty list"):
+        gold_answers(answer)
+
+
+@pytest.mark.parametrize(
+    ("gold", "matcher"),
+    [
+        ("<box>[[1, 2, 3, 4]]</box>", "box"),
+        ("\\frac{1}{2}", "number"),  # a plain fraction is a number
+        ("\\sqrt{2}", "math"),
+        ("x^2+1", "math"),
+        ("2π", "math"),
+        ("A", "choice"),
+        ("A red bar", "exact"),
+    ],
+)
+def test_the_golds_form_chooses(gold, matcher):
+    assert choose_matcher(gold) == matcher
+
+
+def test_fast_matchers_are_compared_first():
+    task = Task("Final answer: B", ("B", "\\sqrt{2}"), ("math", "choice"))
+    assert plan_comparisons(task).comparisons == (
+        Comparison("choice", "B", "B"),
+        Comparison("choice", "B", "\\sqrt{2}"),
+        Comparison("math", "B", "B"),
+        Comparison("math", "B", "\\sqrt{2}"),
+    )
+
+
+def test_options_belong_to_choice_alone():
+    task = Task("Final answer: B", ("B",), ("math", "choice"), ("3", "4"))
+    first, second = plan_comparisons(task).comparisons
+    assert (first.options, second.options) == (("3", "4"), None)
+
+
+FOUND = Extraction("x", "final", True)
+RIGHT, HALF, WRONG = Result(1.0), Result(0.7), Result(0.0)
+UNKNOWN, LATE = Result(None, "no gold"), Result(None, "5 s", timeout=True)
+
+
+@pytest.mark.parametrize(
+    ("results", "outcome", "score", "reason"),
+    [
+        ([RIGHT, WRONG], "correct", 1.0, None),
+        ([WRONG, RIGHT], "correct", 1.0, None),
+        ([RIGHT, LATE], "correct", 1.0, None),
+        ([UNKNOWN, RIGHT], "correct", 1.0, None),
+        ([WRONG, WRONG], "wrong", 0.0, None),
+        ([UNKNOWN, WRONG], "wrong", 0.0, None),
+        ([WRONG, HALF], "wrong", 0.7, None),
+        # the one that hung might have matched
+        ([WRONG, LATE], "timeout", None, "5 s"),
+        ([UNKNOWN, LATE], "timeout", None, "5 s"),
+        ([UNKNOWN, UNKNOWN], "cannot_judge", None, "no gold"),
+        ([RIGHT], "correct", 1.0, None),  # the others were not needed
+    ],
+)
+def test_conclude(results, outcome, score, reason):
+    comparisons = (Comparison("exact", "x", "y"), Comparison("number", "x", "z"))
+    verdict = conclude(Plan(FOUND, "exact", comparisons), results)
+    assert (verdict.outcome, verdict.score, verdict.reason) == (outcome, score, reason)
+    assert verdict.extracted == "x" and verdict.format_ok
+
+
+def test_the_matcher_that_decided_is_named():
+    comparisons = (Comparison("exact", "x", "y"), Comparison("number", "x", "y"))
+    plan = Plan(FOUND, "exact", comparisons)
+    assert conclude(plan, [WRONG, RIGHT]).matcher == "number"
+    assert conclude(plan, [UNKNOWN, WRONG]).matcher == "number"
+    assert conclude(plan, [WRONG, LATE]).matcher == "number"
+    assert verify("nothing to see here", "9", matcher=["math", "number"]).matcher == "math"
+
+
+def test_a_task_may_ask_for_more_than_the_matcher_does():
+    def outcome(least):
+        task = Task("Final answer: bananas", ("banana",), ("anls",), least=least)
+        plan = plan_comparisons(task)
+        return conclude(plan, [comparison.run() for comparison in plan.comparisons]).outcome
+
+    assert (outcome(None), outcome(0.85), outcome(0.9)) == ("correct", "correct", "wrong")
+
+
+def test_one_of_several_matchers_is_enough():
+    asked = {"matcher": ["choice", "number"], "options": ["5", "7"]}
+    assert verify("Final answer: B", "B", **asked).matcher == "choice"
+    assert verify("Final answer: 12", ["D", "12"], **asked).outcome == "correct"
+    assert verify("Final answer: 13", ["D", "12"], **asked).outcome == "wrong"
+
+
+def test_a_questions_record_becomes_a_task():
+    question = "Which city?\nA. Paris\nB. London"
+    task = task_of({"question": question, "answer": "B"}, "Final answer: London")
+    assert task == Task("Final answer: London", ("B",), (), ("Paris", "London"), "auto")
+    own = task_of({"question": question, "answer": "B", "options": ["x", "y", "z"]}, "B")
+    assert own.options == ("x", "y", "z")
+    steps = {"question": "Do this:\nA. count\nB. double", "answer": "12 cm"}
+    assert task_of(steps, "12 cm").options is None
+    assert task_of({"answer": 7, "matcher": "math"}, "7") == Task("7", ("7",), ("math",))
+
+
+@pytest.mark.parametrize(
+    ("record", "fault"),
+    [
+        ({}, None),
+        ({"matcher": "math", "options": ["a", "b"]}, None),
+        ({"matcher": ["choice", "math"]}, None),
+        ({"matcher": "fuzzy"}, "matcher 'fuzzy' is unknown; one of: exact, vqa, choice"),
+        ({"matcher": ["math", "fuzzy"]}, "matcher 'fuzzy' is unknown"),
+        ({"matcher": 7}, "matcher 7 is neither a name nor a list of names"),
+        ({"matcher": [7]}, "matcher [7] is neither a name nor a list of names"),
+        ({"options": "a, b"}, "field 'options' is not a list of strings"),
+        ({"options": ["a", 2]}, "field 'options' is not a list of strings"),
+    ],
+)
+def test_what_is_wrong_with_a_request(record, fault):
+    found = request_fault(record)
+    assert found == fault if fault is None else found.startswith(fault)
