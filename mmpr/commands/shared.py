@@ -1,0 +1,66 @@
+"""What the commands share: the options of every command, the quarantine, small talk."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from internvl.data import Quarantine
+from internvl.errors import UserError
+
+
+def add_common(parser: argparse.ArgumentParser, *, output: str | None) -> None:
+    if output is not None:
+        parser.add_argument(
+            "--output", type=Path, required=True, metavar="FILE", help=f"the {output} to write"
+        )
+        parser.add_argument(
+            "--quarantine",
+            type=Path,
+            metavar="FILE",
+            help="where unusable rows go, begun anew each time (default: OUTPUT.quarantine.jsonl)",
+        )
+    parser.add_argument(
+        "--max-bad",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="share (<1) or number (>=1) of bad rows that is borne (default: %(default)s)",
+    )
+
+
+def beside(output: Path, suffix: str) -> Path:
+    return output.with_name(output.name + suffix)
+
+
+def open_quarantine(args: argparse.Namespace) -> Quarantine:
+    path: Path = args.quarantine or beside(args.output, ".quarantine.jsonl")
+    if path.resolve() == args.output.resolve():
+        raise UserError(f"--quarantine and --output are both {path}")
+    quarantine = Quarantine(path, args.max_bad)
+    path.unlink(missing_ok=True)  # it tells of this run only: a restart finds the same rows again
+    return quarantine
+
+
+def refuse_overwrite(source: Path, output: Path) -> None:
+    if source.resolve() == output.resolve():
+        raise UserError(f"--output {output} is the input itself")
+
+
+def tell_bad(quarantine: Quarantine) -> None:
+    if quarantine.count:
+        print(f"{quarantine.count} bad row(s) put aside in {quarantine.path}")
+
+
+def tell_image_root(image: str | list[str] | None, output: Path) -> None:
+    """Say so when the images, whose paths stay as they were, do not lie beside the output."""
+    name = image[0] if isinstance(image, list) else image
+    if name is not None and not (output.parent / name).is_file():
+        print(
+            f"image paths are as in the questions ({name}) and do not start from "
+            f"{output.parent}: give --image-root to what reads {output.name}"
+        )
+
+
+def share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
