@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from rewards.choices import match_choice
 from rewards.grounding import BOX_THRESHOLD, match_box, match_point
 from rewards.lists import match_list
-from rewards.maths import match_math
+from rewards.maths import decide_early, match_math
 from rewards.numbers import match_number, match_relaxed
 from rewards.reasons import Options
 from rewards.texts import ANLS_THRESHOLD, match_anls, match_exact, match_vqa
@@ -38,11 +38,13 @@ class Matcher:
 
     score: the pure function. least: the least score that is a match. slow: it may run for long on
     a hostile expression, and therefore runs in a process that can be killed (rewards/pool.py).
+    early: the score where a slow matcher's is plain without running it, else None.
     """
 
     score: Callable[[str, str, Options], float]
     least: float = 1.0
     slow: bool = False
+    early: Callable[[str, str, Options], float | None] | None = None
 
     def __call__(self, prediction: str, gold: str, options: Options = None) -> float:
         """The score of a prediction; raises CannotJudge for a gold that means nothing to it."""
@@ -56,7 +58,7 @@ MATCHERS: dict[str, Matcher] = {
     "number": Matcher(match_number),
     "relaxed": Matcher(match_relaxed),
     "anls": Matcher(match_anls, least=ANLS_THRESHOLD),
-    "math": Matcher(match_math, slow=True),
+    "math": Matcher(match_math, slow=True, early=decide_early),
     "list": Matcher(match_list),
     "box": Matcher(match_box, least=BOX_THRESHOLD),
     "point": Matcher(match_point),

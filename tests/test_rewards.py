@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rewards import MATCHERS, STYLES, CannotJudge, Outcome, Verdict, verify
 from rewards.choices import match_choice
 from rewards.match import MATCHERS as TABLE
-from rewards.maths import danger
+from rewards.markup import clean
 from rewards.numbers import match_relaxed
 from rewards.quantities import read_number
 from rewards.texts import match_anls
@@ -106,9 +106,10 @@ MATCHES = [
     ("math", "(1,2)", "(2,1)", 0),
     ("math", "3", "(", 0),
     ("math", "3", "4", 0),
-    ("math", "3", "9**9**9", None),
-    ("math", "3", "(" * 50, None),
-    ("math", "3", "1+" * 500 + "1", None),
+    ("math", "12", "+12", 1),
+    ("math", "3", "1+" * 1000 + "1", None),  # too long for math-verify
+    ("math", "3" * 2001, "3", None),
+    ("math", "x" * 2001, "$" + "x" * 2001 + "$", 1),  # equal texts need no sympy
     ("math", "\\frac{", "3", None),
     ("math", "???", "3", None),
     *[(name, " ", "3", None) for name in MATCHERS],
@@ -256,15 +257,6 @@ def test_math_works_outside_the_main_thread():
     assert found == ["correct"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["9**9**9", "9^{9^{9}}", "((9^{99})^{99})^{99}", "2^{100000}", "99999!", "(9!)!", "9" * 80],
-)
-def test_expressions_that_could_hang_are_refused(text):
-    assert danger(text) is not None
-    assert verify(f"\\boxed{{{text}}}", "3", matcher="math").outcome == "cannot_judge"
-
-
 HOSTILE = {
     "open brackets": "(" * 10**5,
     "unclosed boxes": "\\boxed{" * 10**4,
@@ -303,8 +295,8 @@ def test_no_input_raises(completion, gold, style, matcher):
 @settings(max_examples=100)
 @given(text=TEXT, matcher=st.sampled_from(sorted(TABLE)))
 def test_a_text_matches_itself_or_means_nothing(text, matcher):
-    if matcher == "math" and danger(text) is None:
-        text = "x"  # parsed only when the strings differ
+    if matcher == "math" and not clean(text):
+        text = "x"  # sympy runs only on what is not equal as text
     with contextlib.suppress(CannotJudge):
         assert MATCHERS[matcher](text, text, None) == 1.0
 
