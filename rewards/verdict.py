@@ -15,11 +15,13 @@ from enum import StrEnum
 from typing import Any
 
 from rewards.choices import options_in
+from rewards.datasets import DatasetEntry, DatasetTable, load_table
 from rewards.extract import Extraction, extract
 from rewards.lists import is_list_of_lists
 from rewards.match import MATCHERS, get_matcher
 from rewards.quantities import read_number
 from rewards.reasons import CannotJudge
+from rewards.texts import normalise
 
 _CAPITAL = re.compile(r"\(?[A-Z]\)?\.?")
 _FORMULA = re.compile(r"\\[A-Za-z]|\^|[√π]")
@@ -66,7 +68,8 @@ class Task:
     answers: the gold answers; any of them is right. matchers: the names to compare by, where the
     question or its data set names any; one that accepts is enough. options: the texts of a
     multiple-choice question. style: how the prompt asked for the answer (`extract.STYLES`).
-    least: the least score that is a match, where it is not the matcher's own.
+    least: the least score that is a match, where it is not the matcher's own. same_digits: a text
+    that is merely like the gold answer must still hold the same digits.
     """
 
     completion: str
@@ -75,6 +78,7 @@ class Task:
     options: tuple[str, ...] | None = None
     style: str = "auto"
     least: float | None = None
+    same_digits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,7 @@ class Plan:
     matcher: str
     comparisons: tuple[Comparison, ...]
     least: float | None = None
+    same_digits: bool = False
 
     def least_of(self, matcher: str) -> float:
         """The least score that is a match under a matcher."""
@@ -118,7 +123,20 @@ class Plan:
 
     def accepts(self, comparison: Comparison, result: Result) -> bool:
         """Whether a result is a match."""
-        return result.score is not None and result.score >= self.least_of(comparison.matcher)
+        if result.score is None or result.score < self.least_of(comparison.matcher):
+            return False
+        if not self.same_digits or result.score == 1.0:
+            return True
+        return digits_of(comparison.prediction) == digits_of(comparison.gold)
+
+
+def digits_of(text: str) -> str:
+    """The decimal digits of a text, in order.
+
+    >>> digits_of("May 12, 1998")
+    '121998'
+    """
+    return "".join(filter(str.isdecimal, normalise(text)))
 
 
 def choose_matcher(gold: str, options: Sequence[str] | None = None) -> str:
@@ -191,7 +209,7 @@ def plan_comparisons(task: Task) -> Plan:
         Comparison(name, found.text, gold, task.options if name == "choice" else None)
         for name, gold in sorted(pairs, key=lambda pair: MATCHERS[pair[0]].slow)
     ]
-    return Plan(found, pairs[0][0], tuple(comparisons), task.least)
+    return Plan(found, pairs[0][0], tuple(comparisons), task.least, task.same_digits)
 
 
 def conclude(plan: Plan, results: Sequence[Result]) -> Verdict:
@@ -227,14 +245,30 @@ def names_option(gold: str, options: Sequence[str]) -> bool:
     return Comparison("choice", gold, gold, tuple(options)).run().score == 1.0
 
 
-def task_of(record: Mapping[str, Any], completion: str, *, style: str = "auto") -> Task:
+def entry_of(record: Mapping[str, Any], table: DatasetTable | None = None) -> DatasetEntry | None:
+    """The table's entry for a record's "dataset"; None where the record names a matcher itself."""
+    name = record.get("dataset")
+    if record.get("matcher") or not isinstance(name, str):
+        return None
+    return (table or load_table()).find(name)
+
+
+def task_of(
+    record: Mapping[str, Any],
+    completion: str,
+    *,
+    style: str = "auto",
+    table: DatasetTable | None = None,
+) -> Task:
     """The task of judging a completion of a question's record.
 
-    Read are its fields answer, matcher (a name or a list of names) and options (without them,
-    those that the question itself lists, where each gold answer is one of them).
+    Read are its fields answer, matcher (a name or a list of names), dataset (what the table says of
+    it, where no matcher is named; `load_table`) and options (without them, those that the question
+    itself lists, where each gold answer is one of them).
     Raises ValueError for a matcher or an answer that is none.
     """
-    matchers = matcher_names(record.get("matcher"))
+    entry = entry_of(record, table)
+    matchers = entry.matchers if entry else matcher_names(record.get("matcher"))
     answers = gold_answers(record["answer"], matchers)
     options = record.get("options")
     if options is None and isinstance(record.get("question"), str):
@@ -242,7 +276,10 @@ def task_of(record: Mapping[str, Any], completion: str, *, style: str = "auto") 
         # a list in a question is not always one of options: then the gold answer is none of them
         if listed and all(names_option(gold, listed) for gold in answers):
             options = listed
-    return Task(completion, answers, matchers, None if options is None else tuple(options), style)
+    chosen = None if options is None else tuple(options)
+    if entry is None:
+        return Task(completion, answers, matchers, chosen, style)
+    return Task(completion, answers, matchers, chosen, style, entry.least, entry.same_digits)
 
 
 def request_fault(record: Mapping[str, Any]) -> str | None:
