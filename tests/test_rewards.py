@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from rewards import MATCHERS, STYLES, CannotJudge, Outcome, Verdict, verify
 from rewards.choices import match_choice
-from rewards.match import MATCHERS as TABLE
 from rewards.markup import clean
+from rewards.match import MATCHERS as TABLE
 from rewards.numbers import match_relaxed
 from rewards.quantities import read_number
 from rewards.texts import match_anls
