@@ -1,0 +1,113 @@
+"""Verdicts by rule, and by a judge where a question names one: one seam for all commands.
+
+A question names the judge with "matcher": "judge", or beside rules: ["math", "judge"]. Rules come
+first, because they are free and always say the same: what they call correct is correct ("judge"
+alone is tried by `exact`), and a completion without an answer needs no judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from rewards.judge import Judge, JudgeQuestion
+from rewards.pool import VerifierPool
+from rewards.verdict import Outcome, Task, Verdict, request_fault, task_of
+
+JUDGE = "judge"
+ASK_WHEN = ("named", "cannot_judge")
+_AT_ONCE = 2048  # completions that are judged together
+_LEFT_ALONE = (Outcome.CORRECT, Outcome.NO_ANSWER)
+
+
+def _by_rule(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """The record as the rules read it, and whether it names the judge."""
+    asked = record.get("matcher")
+    names = list(asked) if isinstance(asked, list | tuple) else [asked]
+    if JUDGE not in names:
+        return record, False
+    rules = [name for name in names if name != JUDGE]
+    return {**record, "matcher": rules or ["exact"]}, True
+
+
+def judging_fault(record: Mapping[str, Any], *, has_judge: bool) -> str | None:
+    """What is wrong with what a question asks to be judged by, or None; see `request_fault`.
+
+    >>> judging_fault({"matcher": "judge"}, has_judge=False)
+    "matcher 'judge' needs a judge: give judge_base_url and judge_model"
+    """
+    by_rule, named = _by_rule(record)
+    if named and not has_judge:
+        return "matcher 'judge' needs a judge: give judge_base_url and judge_model"
+    return request_fault(by_rule)
+
+
+def judge_records(
+    asked: Iterable[tuple[Mapping[str, Any], str]],
+    pool: VerifierPool,
+    judge: Judge | None = None,
+    *,
+    ask_when: str = "named",
+    style: str = "auto",
+) -> Iterator[Verdict]:
+    """The verdicts of (question's record, completion), in order.
+
+    ask_when: "named": the judge is asked only about questions that name it; "cannot_judge": also
+    where the rules can say neither right nor wrong. What the rules call wrong stays wrong: a judge
+    that is talked into it must not turn a rule over. A judge that fails makes cannot_judge, with
+    the reason "judge: ..".
+    Raises ValueError for a question that names the judge where there is none, and as `task_of`.
+    """
+    if ask_when not in ASK_WHEN:
+        raise ValueError(f"ask_when is {ask_when!r}; one of: {', '.join(ASK_WHEN)}")
+    items = iter(asked)
+    while part := list(islice(items, _AT_ONCE)):
+        yield from _judge_part(part, pool, judge, ask_when == "cannot_judge", style)
+
+
+def _judge_part(
+    part: Sequence[tuple[Mapping[str, Any], str]],
+    pool: VerifierPool,
+    judge: Judge | None,
+    open_ones_too: bool,
+    style: str,
+) -> list[Verdict]:
+    tasks, named = list[Task](), list[bool]()
+    for record, completion in part:
+        by_rule, names_judge = _by_rule(record)
+        if names_judge and judge is None:
+            raise ValueError(judging_fault(record, has_judge=False))
+        tasks.append(task_of(by_rule, completion, style=style))
+        named.append(names_judge)
+    verdicts = list(pool.map(tasks))
+    if judge is None:
+        return verdicts
+    places = [
+        index
+        for index, verdict in enumerate(verdicts)
+        if (named[index] and verdict.outcome not in _LEFT_ALONE)
+        or (open_ones_too and verdict.outcome == Outcome.CANNOT_JUDGE)
+    ]
+    questions = []
+    for index in places:
+        prediction = verdicts[index].extracted
+        assert prediction is not None  # only no_answer has none
+        record, options = part[index][0], None
+        if record.get("options") is not None:
+            options = tasks[index].options
+        text = str(record.get("question", ""))
+        questions.append(JudgeQuestion(text, tasks[index].answers, prediction, options))
+    for index, judgement in zip(places, judge.ask(questions), strict=True):
+        verdicts[index] = by_judge(verdicts[index], judgement.correct, judgement.reason)
+    return verdicts
+
+
+def by_judge(verdict: Verdict, correct: bool | None, reason: str | None) -> Verdict:
+    """A verdict with what a judge says in the place of what the rules said."""
+    outcome = Outcome.CANNOT_JUDGE
+    if correct is not None:
+        outcome = Outcome.CORRECT if correct else Outcome.WRONG
+    score = None if correct is None else float(correct)
+    return replace(verdict, outcome=outcome, matcher=JUDGE, score=score, reason=reason)
