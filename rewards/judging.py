@@ -22,6 +22,11 @@ _AT_ONCE = 2048  # completions that are judged together
 _LEFT_ALONE = (Outcome.CORRECT, Outcome.NO_ANSWER)
 
 
+def names_judge(record: Mapping[str, Any]) -> bool:
+    """Whether a question asks to be judged by the judge."""
+    return _by_rule(record)[1]
+
+
 def _by_rule(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
     """The record as the rules read it, and whether it names the judge."""
     asked = record.get("matcher")
@@ -76,11 +81,11 @@ def _judge_part(
 ) -> list[Verdict]:
     tasks, named = list[Task](), list[bool]()
     for record, completion in part:
-        by_rule, names_judge = _by_rule(record)
-        if names_judge and judge is None:
+        by_rule, named_here = _by_rule(record)
+        if named_here and judge is None:
             raise ValueError(judging_fault(record, has_judge=False))
         tasks.append(task_of(by_rule, completion, style=style))
-        named.append(names_judge)
+        named.append(named_here)
     verdicts = list(pool.map(tasks))
     if judge is None:
         return verdicts

@@ -29,6 +29,10 @@ SIGNATURE = "(prompts, completions, **columns) -> list[float | None]"
 OURS = ("prompts", "completions", "completion_ids", "verdicts", "clipped", "trainer_state")
 
 
+class RewardError(ValueError):
+    """A reward function gave what cannot be a reward."""
+
+
 def load_reward(path: str) -> RewardFunction:
     """The function at "package.module:function"; modules of the working directory are found, too.
 
@@ -112,7 +116,7 @@ def call_reward(
 ) -> list[float | None]:
     """Call a function and check what it gives: one number or None for each of `number` completions.
 
-    columns: all its arguments. Raises ValueError, naming the function and the place, for another
+    columns: all its arguments. Raises RewardError, naming the function and the place, for another
     length or type, and for a number that is not finite. What it raises itself comes through.
     """
     try:
@@ -121,9 +125,9 @@ def call_reward(
         error.add_note(f"raised by the reward function {name!r}")
         raise
     if not isinstance(values, list | tuple):
-        raise ValueError(f"reward {name!r} gave a {type(values).__name__}, not a list")
+        raise RewardError(f"reward {name!r} gave a {type(values).__name__}, not a list")
     if len(values) != number:
-        raise ValueError(
+        raise RewardError(
             f"reward {name!r} gave {len(values)} values for {number} completions; one each"
         )
     return [_checked(name, index, value) for index, value in enumerate(values)]
@@ -133,12 +137,12 @@ def _checked(name: str, index: int, value: Any) -> float | None:
     if value is None:
         return None
     if not isinstance(value, numbers.Real):  # numpy's are; torch's have to be made numbers first
-        raise ValueError(
+        raise RewardError(
             f"reward {name!r}, value {index}: {value!r} is a {type(value).__name__}; it is a "
             "number (float) or None"
         )
     if not math.isfinite(value):
-        raise ValueError(
+        raise RewardError(
             f"reward {name!r}, value {index}: {value!r}; say None where it does not apply"
         )
     return float(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from internvl.errors import cli_guard
@@ -27,6 +28,12 @@ One line of questions.jsonl ("image" is relative to the file's folder or to --im
 
   {"id": "q7", "image": "7.png", "question": "<image>\\nHow many bars are red?", "answer": "3"}
 
+Rewards beside 1 for correct and 0.1 for the format (mine.py defines shorter(prompts, completions,
+**columns) -> list[float | None], TRL's signature):
+
+  reward_funcs: [accuracy, format, overlong, "mine:shorter"]
+  soft_punish_cache: 256
+
 A run that was killed goes on from its newest complete checkpoint when the same command is started
 again. Rows that cannot be used are put aside in output_dir/quarantine.jsonl with file, line and
 reason. An error that you can mend is one line, with exit code 2."""
@@ -41,18 +48,25 @@ def main() -> None:
         [RLConfig, ModelArguments], "python -m rl", about=_ABOUT, example=_EXAMPLE
     )
     from internvl.sampler import choose_backend, open_sampler
-    from rewards import request_fault
+    from rewards import VerifierPool
+    from rewards.judging import judging_fault
+    from rl.rewarding import check_asked, check_judge, make_judge, make_terms, make_verifier
     from rl.trainer import RLTrainer
     from training.stage import check_files, open_stage, save_config
 
     check_files(args.train_file)
+    make_terms(args)  # an error now, and not when the model is loaded
+    judge = make_judge(args)
+    if judge is not None:
+        check_judge(judge)
     backend = choose_backend(Path(model_args.model_name_or_path), args.sampler)
     stage = open_stage(model_args, args)
     rows = stage.rows(
         *(args.train_file, "question"),
         room=args.max_completion_length,
-        record_fault=request_fault,
+        record_fault=partial(judging_fault, has_judge=judge is not None),
     )
+    check_asked(judge, args, rows)
     longest = max(stage.encoder.length(row, "question") for row in rows)
     sampler = open_sampler(
         model_args.model_name_or_path,
@@ -62,17 +76,19 @@ def main() -> None:
         dtype="bfloat16" if args.bf16 else model_args.dtype,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
     )
-    trainer = RLTrainer(
-        model=stage.model,
-        args=args,
-        train_dataset=rows,
-        processing_class=stage.processor,
-        peft_config=peft_config(model_args),
-        encoder=stage.encoder,
-        sampler=sampler,
-    )
-    save_config(args, model_args)
-    trainer.run()
+    with VerifierPool(args.verifier_workers, limit=args.verifier_limit) as pool:
+        trainer = RLTrainer(
+            model=stage.model,
+            args=args,
+            train_dataset=rows,
+            processing_class=stage.processor,
+            peft_config=peft_config(model_args),
+            encoder=stage.encoder,
+            sampler=sampler,
+            verify=make_verifier(pool, judge, args.judge_when),
+        )
+        save_config(args, model_args)
+        trainer.run()
     sampler.close()
 
 

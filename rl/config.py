@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 from internvl.errors import UserError
+from rewards.judging import ASK_WHEN
+from rewards.pool import DEFAULT_LIMIT
 from training.arguments import PackedTrainingArguments
 
 
@@ -30,8 +34,74 @@ class RLConfig(PackedTrainingArguments):
     scale_rewards: bool = field(
         default=True, metadata={"help": "Divide advantages by the group's standard deviation."}
     )
-    format_weight: float = field(
-        default=0.1, metadata={"help": "Reward for following the format, beside 1 for correct."}
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["accuracy", "format"],
+        metadata={
+            "help": "What is added up to the reward: accuracy (1 for correct), format (1 where it "
+            "is followed), overlong (0 to -1 over the last soft_punish_cache tokens), repetition "
+            "(0 to repetition_max_penalty by the share of repeated n-grams), and functions of your "
+            "own by import path, package.module:function, with TRL's signature."
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "One for each of reward_funcs; 0 only logs. By default 1, and 0.1 for format."
+        },
+    )
+    soft_punish_cache: int | None = field(
+        default=None,
+        metadata={
+            "help": "For overlong: the tokens before max_completion_length over which its "
+            "punishment grows (L_cache of DAPO)."
+        },
+    )
+    repetition_ngram: int = field(
+        default=3, metadata={"help": "For repetition: tokens of what counts as repeated."}
+    )
+    repetition_max_penalty: float = field(
+        default=-1.0, metadata={"help": "For repetition: of a completion that only repeats."}
+    )
+    verifier_workers: int = field(
+        default=2,
+        metadata={"help": "Processes of this device for mathematics, which alone can hang."},
+    )
+    verifier_limit: float = field(
+        default=DEFAULT_LIMIT,
+        metadata={"help": "Seconds of one comparison; then its outcome is timeout, no reward."},
+    )
+    judge_base_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "An OpenAI-compatible endpoint (http://localhost:8000/v1) whose model judges "
+            'the answers of questions with "matcher": "judge". Needs the extra judge.'
+        },
+    )
+    judge_model: str | None = field(default=None, metadata={"help": "The model's name there."})
+    judge_api_key_env: str = field(
+        default="OPENAI_API_KEY",
+        metadata={"help": "The environment variable with its key; local servers take any text."},
+    )
+    judge_when: str = field(
+        default="named",
+        metadata={
+            "help": "'named': only questions that name it; 'cannot_judge': also where the rules "
+            "say neither right nor wrong."
+        },
+    )
+    judge_timeout: float = field(default=30.0, metadata={"help": "Seconds of one request."})
+    judge_max_retries: int = field(
+        default=2, metadata={"help": "Times that a question is asked again; then no reward."}
+    )
+    judge_max_concurrency: int = field(
+        default=8, metadata={"help": "Requests at a time, of this device's process."}
+    )
+    judge_max_tokens: int = field(
+        default=1024, metadata={"help": "Tokens of its reply; a model that thinks needs more."}
+    )
+    judge_cache: str | None = field(
+        default=None,
+        metadata={"help": "A file (SQLite) to keep judgements in; several processes may share it."},
     )
     sampler: str = field(
         default="auto", metadata={"help": "'vllm', 'transformers', or 'auto': vLLM where it is."}
@@ -52,6 +122,10 @@ class RLConfig(PackedTrainingArguments):
     )
     log_completions: bool = field(
         default=False, metadata={"help": "Write every rollout to output_dir/rollouts."}
+    )
+    free_on_resume: ClassVar[frozenset[str]] = frozenset(
+        {"verifier_workers", "judge_base_url", "judge_api_key_env", "judge_timeout"}
+        | {"judge_max_retries", "judge_max_concurrency", "judge_cache"}
     )
     ignore_data_skip: bool = field(
         default=True, metadata={"help": "Always true: rollouts are not skipped but continued."}
@@ -84,4 +158,44 @@ class RLConfig(PackedTrainingArguments):
             )
         if self.data_seed is not None:
             raise UserError("data_seed: the order of the questions follows seed in this stage")
+        self._check_rewards()
         super().__post_init__()
+
+    def _check_rewards(self) -> None:
+        """Refuse rewards that cannot be added up, and options of what is not among them."""
+        names = self.reward_funcs
+        if not isinstance(names, list) or not names:
+            raise UserError(f"reward_funcs is {names!r}; give a list of at least one")
+        for name in names:
+            if not isinstance(name, str) or names.count(name) > 1:
+                raise UserError(f"reward_funcs: {name!r} is no name, or is there more than once")
+        weights = self.reward_weights
+        if weights is not None:
+            if len(weights) != len(names):
+                raise UserError(
+                    f"reward_weights has {len(weights)} values for {len(names)} of reward_funcs"
+                )
+            if not all(map(math.isfinite, weights)) or not any(weights):
+                raise UserError(f"reward_weights is {weights}; numbers, and not all of them 0")
+        if ("overlong" in names) != (self.soft_punish_cache is not None):
+            raise UserError("soft_punish_cache goes with overlong in reward_funcs: give both")
+        for option, default in (("repetition_ngram", 3), ("repetition_max_penalty", -1.0)):
+            if getattr(self, option) != default and "repetition" not in names:
+                raise UserError(f"{option} is given, but repetition is not among reward_funcs")
+        if self.verifier_workers < 1:
+            raise UserError(f"verifier_workers is {self.verifier_workers}, at least 1")
+        if not 0 < self.verifier_limit < math.inf:
+            raise UserError(f"verifier_limit is {self.verifier_limit:g}; seconds, above 0")
+        self._check_judge()
+
+    def _check_judge(self) -> None:
+        if (self.judge_base_url is None) != (self.judge_model is None):
+            raise UserError("judge_base_url and judge_model: give both, or neither")
+        if self.judge_when not in ASK_WHEN:
+            raise UserError(f"judge_when is {self.judge_when!r}; one of: {', '.join(ASK_WHEN)}")
+        for option in fields(self):
+            given = (
+                option.name.startswith("judge_") and getattr(self, option.name) != option.default
+            )
+            if given and self.judge_base_url is None:
+                raise UserError(f"{option.name} is given, but judge_base_url is not")

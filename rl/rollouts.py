@@ -1,6 +1,7 @@
 """Rollouts: questions to groups of verified completions with advantages.
 
-    questions of this rank -> sampler (G each) -> verify -> rewards -> advantages -> Group
+    questions of this rank -> sampler (G each) -> all at once: verdicts, rewards
+        -> advantages of each question -> Group
 
 A stream makes the next rollout batch when it is asked for one, from the weights that the sampler
 has then; nothing is made ahead. What it made is a function of (seed, batch number, weights) alone,
@@ -10,7 +11,7 @@ so a resumed run makes the same.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,8 +19,8 @@ import torch
 
 from internvl.data import Row
 from internvl.sampler import Completion, Sampler, SamplingConfig, request_of
-from rewards import Verdict, verify
 from rl.advantages import group_advantages, has_spread
+from rl.rewarding import Rewarded, Rewarder
 
 
 @dataclass
@@ -28,8 +29,9 @@ class Group:
 
     question: its index in the data set. completions: ids; sampler_logprobs: the sampler's
     log-probability of each of them; advantages, rewards (None: could not be judged), outcomes: one
-    each. weight_version: optimizer steps that the sampling weights had behind them. old_logprobs:
-    the trainer's own log-probabilities before the rollout batch's first step, where needed.
+    each. terms: what the rewards are made of, by name, one each. weight_version: optimizer steps
+    that the sampling weights had behind them. old_logprobs: the trainer's own log-probabilities
+    before the rollout batch's first step, where needed.
     """
 
     question: int
@@ -41,6 +43,7 @@ class Group:
     outcomes: list[str]
     formats: list[bool]
     clipped: list[bool]
+    terms: dict[str, list[float | None]]
     weight_version: int
     old_logprobs: list[list[float]] | None = None
 
@@ -86,13 +89,6 @@ def request_seed(seed: int, batch: int, question_id: str, repeat: int = 0) -> in
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def reward_of(outcome: str, format_ok: bool, format_weight: float) -> float | None:
-    """1 for correct plus `format_weight` for the format; None where it could not be judged."""
-    if outcome in ("cannot_judge", "timeout"):
-        return None
-    return float(outcome == "correct") + format_weight * float(format_ok)
-
-
 @dataclass
 class RolloutSettings:
     """How rollouts are drawn; see RLConfig."""
@@ -104,7 +100,6 @@ class RolloutSettings:
     rank: int
     world_size: int
     scale_rewards: bool
-    format_weight: float
 
 
 class RolloutMaker:
@@ -115,15 +110,18 @@ class RolloutMaker:
         rows: Sequence[Row],
         sampler: Sampler,
         settings: RolloutSettings,
-        judge: Callable[..., Verdict] = verify,
+        rewarder: Rewarder,
     ):
         self.rows = rows
         self.sampler = sampler
         self.settings = settings
-        self.judge = judge
+        self.rewarder = rewarder
 
-    def make(self, batch: int, weight_version: int) -> list[Group]:
-        """Sample, verify and weigh this rank's groups of rollout batch `batch`."""
+    def make(self, batch: int, weight_version: int, trainer_state: Any = None) -> list[Group]:
+        """Sample, judge and weigh this rank's groups of rollout batch `batch`.
+
+        trainer_state: handed to the users' reward functions.
+        """
         s = self.settings
         size = s.questions * s.steps * s.world_size
         everyone = questions_of_batch(len(self.rows), size, batch, s.seed)
@@ -132,35 +130,34 @@ class RolloutMaker:
         places = [place for start in starts for place in range(start, start + s.questions)]
         mine = [everyone[place] for place in places]
         repeats = [everyone[:place].count(everyone[place]) for place in places]
+        rows = [self.rows[index] for index in mine]
         requests = [
             request_of(row, request_seed(s.seed, batch, row.data["id"], repeat))
-            for row, repeat in zip((self.rows[index] for index in mine), repeats, strict=True)
+            for row, repeat in zip(rows, repeats, strict=True)
         ]
         answers = self.sampler.sample(requests, s.sampling)
-        return [
-            self._group(index, completions, weight_version)
-            for index, completions in zip(mine, answers, strict=True)
-        ]
-
-    def _group(self, index: int, completions: list[Completion], weight_version: int) -> Group:
-        data = self.rows[index].data
-        verdicts = [
-            self.judge(
-                completion.text,
-                data["answer"],
-                matcher=data.get("matcher"),
-                options=data.get("options"),
-            )
+        answered = [
+            (row.data, completion)
+            for row, completions in zip(rows, answers, strict=True)
             for completion in completions
         ]
-        outcomes = [str(verdict.outcome) for verdict in verdicts]
-        clipped = [completion.finish_reason == "length" for completion in completions]
-        # a completion that was cut never followed the format, whatever it holds
-        formats = [v.format_ok and not cut for v, cut in zip(verdicts, clipped, strict=True)]
-        rewards = [
-            reward_of(outcome, format_ok, self.settings.format_weight)
-            for outcome, format_ok in zip(outcomes, formats, strict=True)
-        ]
+        rewarded = self.rewarder.reward(answered, trainer_state)
+        groups, start = [], 0
+        for index, completions in zip(mine, answers, strict=True):
+            part = slice(start, start + len(completions))
+            groups.append(self._group(index, completions, rewarded, part, weight_version))
+            start = part.stop
+        return groups
+
+    def _group(
+        self,
+        index: int,
+        completions: list[Completion],
+        rewarded: Rewarded,
+        part: slice,
+        weight_version: int,
+    ) -> Group:
+        rewards = rewarded.rewards[part]
         return Group(
             question=index,
             completions=[list(completion.token_ids) for completion in completions],
@@ -168,8 +165,9 @@ class RolloutMaker:
             sampler_logprobs=[list(completion.logprobs) for completion in completions],
             rewards=rewards,
             advantages=group_advantages(rewards, scale=self.settings.scale_rewards),
-            outcomes=outcomes,
-            formats=formats,
-            clipped=clipped,
+            outcomes=[str(verdict.outcome) for verdict in rewarded.verdicts[part]],
+            formats=rewarded.formats[part],
+            clipped=rewarded.clipped[part],
+            terms={name: values[part] for name, values in rewarded.terms.items()},
             weight_version=weight_version,
         )

@@ -26,8 +26,11 @@ from internvl.errors import UserError
 from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
 from internvl.sampler import NO_V2PE, Sampler, SamplingConfig
+from rewards import Outcome
+from rewards.pool import shared_pool
 from rl.config import RLConfig
 from rl.losses import gspo_loss, gspo_terms, sequence_ratios
+from rl.rewarding import Rewarder, Verifier, make_judge, make_terms, make_verifier
 from rl.rollouts import Group, RolloutMaker, RolloutSettings
 from training.batches import STEP_BATCH, StepBatch
 from training.metrics import Metrics
@@ -49,7 +52,8 @@ class RolloutLoader:
 class RLTrainer(PackedTrainer):
     """GSPO for InternVL on rows of kind "question".
 
-    sampler: draws the rollouts; it is given the policy's weights before each rollout batch.
+    sampler: draws the rollouts; it is given the policy's weights before each rollout batch. verify:
+    judges them; by default this process's pool does, with the judge that the options name.
     """
 
     progress_metrics = ("reward", "rewards/accuracy/mean", "sampling/logprob_gap_max")
@@ -64,6 +68,7 @@ class RLTrainer(PackedTrainer):
         processing_class: InternVLProcessor,
         *,
         sampler: Sampler,
+        verify: Verifier | None = None,
         **kwargs: Any,
     ):
         self.sampler = sampler
@@ -90,9 +95,11 @@ class RLTrainer(PackedTrainer):
             rank=args.process_index,
             world_size=args.world_size,
             scale_rewards=args.scale_rewards,
-            format_weight=args.format_weight,
         )
-        self.maker = RolloutMaker(train_dataset, sampler, settings)
+        if verify is None:
+            verify = make_verifier(shared_pool(), make_judge(args), args.judge_when)
+        rewarder = Rewarder(train_dataset, make_terms(args), verify)
+        self.maker = RolloutMaker(train_dataset, sampler, settings, rewarder)
 
     @property
     def rl_args(self) -> RLConfig:
@@ -121,7 +128,7 @@ class RLTrainer(PackedTrainer):
 
     def _roll_out(self) -> None:
         self.sync_weights()
-        groups = self.maker.make(self._next_batch, weight_version=self.state.global_step)
+        groups = self.maker.make(self._next_batch, self.state.global_step, self.state)
         self._next_batch += 1
         size = self.args.per_device_train_batch_size
         self._pending = [groups[start : start + size] for start in range(0, len(groups), size)]
@@ -135,16 +142,20 @@ class RLTrainer(PackedTrainer):
         judged = [r for group in groups for r in group.rewards if r is not None]
         completions = [len(ids) for group in groups for ids in group.completions]
         outcomes = [outcome for group in groups for outcome in group.outcomes]
-        correct = [outcome == "correct" for outcome in outcomes]
         metrics.mean("reward", torch.tensor(judged))
         known = [[r for r in group.rewards if r is not None] for group in groups]
         spread = [stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in known]
         metrics.mean("reward_std", torch.tensor(spread))
         flat = [float(not group.spread) for group in groups]
         metrics.mean("frac_reward_zero_std", torch.tensor(flat))
-        metrics.mean("rewards/accuracy/mean", torch.tensor(correct, dtype=torch.float))
-        formats = [float(ok) for group in groups for ok in group.formats]
-        metrics.mean("rewards/format/mean", torch.tensor(formats))
+        for name in groups[0].terms:
+            # as in TRL, over the completions that the term applies to
+            terms = [v for group in groups for v in group.terms[name] if v is not None]
+            metrics.mean(f"rewards/{name}/mean", torch.tensor(terms))
+            metrics.deviation(f"rewards/{name}/std", torch.tensor(terms))
+        for kind in Outcome:
+            share = [float(outcome == kind) for outcome in outcomes]
+            metrics.mean(f"outcomes/{kind}", torch.tensor(share))
         metrics.mean("completions/mean_length", torch.tensor(completions, dtype=torch.float))
         clipped = [float(cut) for group in groups for cut in group.clipped]
         metrics.mean("completions/clipped_ratio", torch.tensor(clipped))

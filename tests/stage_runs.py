@@ -122,12 +122,13 @@ class AtFileOperation:
         sys.addaudithook(hook)
 
 
-def parity(completion: str, *args: Any, **kwargs: Any) -> Any:
-    """A judge that gives an untrained model's rollouts some spread: is the length even?"""
-    from rewards import Verdict
+def parity(asked: Any) -> Any:
+    """Verdicts that give an untrained model's rollouts some spread: is the length even?"""
+    from rewards import Outcome, Verdict
 
-    right = len(completion) % 2 == 0
-    return Verdict("correct" if right else "wrong", None, "exact", float(right), False)
+    even = [len(completion) % 2 == 0 for _, completion in asked]
+    outcomes = [Outcome.CORRECT if right else Outcome.WRONG for right in even]
+    return [Verdict(o, None, "exact", float(o == "correct"), False) for o in outcomes]
 
 
 def _child(stage: str, config: Path, output_dir: Path, log: Path, kill: Kill | None) -> None:
@@ -137,15 +138,16 @@ def _child(stage: str, config: Path, output_dir: Path, log: Path, kill: Kill | N
     import torch
 
     from internvl.errors import cli_guard
-    from rl import rollouts, trainer
+    from rl import trainer
+    from rl.rewarding import Rewarder
 
     torch.set_num_threads(1)
 
-    class Maker(rollouts.RolloutMaker):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args, judge=parity)
+    class ByParity(Rewarder):
+        def __init__(self, rows: Any, terms: Any, verify: Any) -> None:
+            super().__init__(rows, terms, parity)
 
-    trainer.RolloutMaker = Maker  # type: ignore[misc]
+    trainer.Rewarder = ByParity  # type: ignore[misc]
     if kill is not None:
         kill(output_dir)
     sys.argv = [stage, "--config", str(config)]

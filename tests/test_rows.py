@@ -25,8 +25,10 @@ from internvl.errors import UserError
 from internvl.sampler import Completion, SampleRequest, SamplingConfig, open_sampler
 from mmpr.pairs import PairConfig, build_pairs
 from mmpr.sample import make_request
-from rewards import Verdict, request_fault
+from rewards import Outcome, Verdict, request_fault
+from rewards.functions import RewardTerm, accuracy_reward
 from rl.config import RLConfig
+from rl.rewarding import Rewarder
 from rl.rollouts import RolloutMaker, RolloutSettings
 from training.cli import ModelArguments
 from training.stage import Stage, open_stage
@@ -188,9 +190,11 @@ class Remembering:
 
 def make_rollouts(row: Any, questions: int) -> list[SampleRequest]:
     sampler = Remembering()
-    settings = RolloutSettings(SamplingConfig(n=2), questions, 1, 0, 0, 1, True, 0.1)
-    verdict = Verdict("correct", "3", "exact", 1.0, True)
-    RolloutMaker([row], sampler, settings, judge=lambda *a, **k: verdict).make(0, 0)
+    settings = RolloutSettings(SamplingConfig(n=2), questions, 1, 0, 0, 1, True)
+    verdict = Verdict(Outcome.CORRECT, "3", "exact", 1.0, True)
+    terms = [RewardTerm("accuracy", accuracy_reward)]
+    rewarder = Rewarder([row], terms, lambda asked: [verdict] * len(asked))
+    RolloutMaker([row], sampler, settings, rewarder).make(0, 0)
     return sampler.asked
 
 

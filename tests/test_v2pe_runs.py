@@ -144,10 +144,10 @@ def test_online_with_the_transformers_sampler(
 ) -> None:
     """Sampler and trainer stand at the same positions, before and after an update."""
 
-    def judge(text: str, *args: Any, **kwargs: Any) -> Verdict:
-        right = len(text) % 2 == 0  # so that groups have a spread
-        outcome = Outcome.CORRECT if right else Outcome.WRONG
-        return Verdict(outcome, "5", "number", float(right), True)
+    def verify(asked: Any) -> list[Verdict]:
+        even = [len(text) % 2 == 0 for _, text in asked]  # so that groups have a spread
+        outcomes = [Outcome.CORRECT if right else Outcome.WRONG for right in even]
+        return [Verdict(o, "5", "number", float(o == "correct"), True) for o in outcomes]
 
     given = {"num_generations": 4, "max_completion_length": 8, "max_logprob_gap": 1e-4}
     rows = questions(images, ["mixed"] * 4)
@@ -156,7 +156,7 @@ def test_online_with_the_transformers_sampler(
         **{**given, "max_steps": 2, "steps_per_generation": 1, "per_device_train_batch_size": 4},
     )
     trainer.sampler = trainer.maker.sampler = open_sampler(stepped_model, backend="transformers")
-    trainer.maker.judge = judge
+    trainer.maker.rewarder.verify = verify
     trainer.train()
     first, second = trainer.state.log_history[:2]
     assert first["grad_norm"] > 0 and second["grad_norm"] > 0

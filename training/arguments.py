@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -61,6 +61,9 @@ class PackedTrainingArguments(TrainingArguments):
     `max_tiles_per_microbatch` say how many of them run at once: that is the memory. There is no
     third knob, so `gradient_accumulation_steps` other than 1 is refused.
     """
+
+    # a stage's own options that may change between a kill and a restart
+    free_on_resume: ClassVar[frozenset[str]] = frozenset()
 
     max_tokens_per_microbatch: int = field(
         default=16384,

@@ -1,4 +1,4 @@
-"""Means and maxima that are exact over micro-batches, ranks and logging steps."""
+"""Means, deviations and maxima that are exact over micro-batches, ranks and logging steps."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from torch import distributed as dist
 class Metrics:
     """Sums with their counts, and maxima; merged exactly in any order.
 
-    sums: {name: [sum, count]}; the metric is sum / count. maxima: {name: value}.
+    sums: {name: [sum, count]}; the metric is sum / count. maxima: {name: value}. moments: {name:
+    [sum, sum of squares, count]}; the metric is the unbiased standard deviation.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
     maxima: dict[str, Tensor] = field(default_factory=dict)
 
     def mean(self, name: str, values: Tensor) -> None:
@@ -29,6 +31,13 @@ class Metrics:
         """Add a sum and the count that it is to be divided by."""
         self._add(name, torch.tensor([float(total), float(count)], dtype=torch.float64))
 
+    def deviation(self, name: str, values: Tensor) -> None:
+        """Add values whose standard deviation is wanted; [..], also empty."""
+        doubles = values.detach().cpu().double()
+        parts = [doubles.sum(), doubles.square().sum(), doubles.new_tensor(float(values.numel()))]
+        moments = torch.stack(parts)
+        self.moments[name] = self.moments[name] + moments if name in self.moments else moments
+
     def maximum(self, name: str, values: Tensor) -> None:
         """Add values whose maximum is wanted; an empty tensor still brings the name."""
         start = torch.tensor(float("-inf"), dtype=torch.float64)
@@ -39,9 +48,11 @@ class Metrics:
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def merge(self, other: Metrics) -> None:
-        """Add another's sums and maxima to these."""
+        """Add another's to these."""
         for name, pair in other.sums.items():
             self._add(name, pair)
+        for name, moments in other.moments.items():
+            self.moments[name] = self.moments.get(name, torch.zeros_like(moments)) + moments
         for name, value in other.maxima.items():
             self.maximum(name, value[None])
 
@@ -50,18 +61,23 @@ class Metrics:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return
         # float64 is not everywhere (MPS); gloo and NCCL both take it
-        if self.sums:
-            table = torch.stack([self.sums[name] for name in sorted(self.sums)]).to(device)
-            dist.all_reduce(table)
-            self.sums = dict(zip(sorted(self.sums), table.cpu(), strict=True))
+        for sums in (self.sums, self.moments):
+            if sums:
+                table = torch.stack([sums[name] for name in sorted(sums)]).to(device)
+                dist.all_reduce(table)
+                sums.update(zip(sorted(sums), table.cpu(), strict=True))
         if self.maxima:
             row = torch.stack([self.maxima[name] for name in sorted(self.maxima)]).to(device)
             dist.all_reduce(row, op=dist.ReduceOp.MAX)
             self.maxima = dict(zip(sorted(self.maxima), row.cpu(), strict=True))
 
     def values(self) -> dict[str, float]:
-        """The metrics as numbers; a mean over nothing is left out."""
+        """The metrics as numbers; a mean over nothing is left out, and a deviation of one value."""
         means = {name: float(s / n) for name, (s, n) in self.sums.items() if n}
+        for name, (total, squares, n) in self.moments.items():
+            if n > 1:
+                variance = (squares - total.square() / n) / (n - 1)
+                means[name] = float(variance.clamp_min(0.0).sqrt())
         return means | {name: float(v) for name, v in self.maxima.items() if not v.isneginf()}
 
 

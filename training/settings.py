@@ -18,7 +18,7 @@ _SAME_RUN = (
     "max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
     "data_seed",
 )  # fmt: skip
-# options of ours that may change between a kill and a restart
+# options of ours that may change between a kill and a restart, beside `args.free_on_resume`
 _FREE = {"resume", "quarantine_file", "max_bad", "max_tokens_per_microbatch",
          "max_tiles_per_microbatch"}  # fmt: skip
 
@@ -31,7 +31,7 @@ def run_settings(
     mixed_precision: accelerate's own word, since `accelerate launch` can set it, too.
     """
     base = {field.name for field in fields(TrainingArguments)}
-    own = [f.name for f in fields(args) if f.name not in base | _FREE]
+    own = [f.name for f in fields(args) if f.name not in base | _FREE | args.free_on_resume]
     values = {name: getattr(args, name) for name in (*_SAME_RUN, *own)}
     values["mixed_precision"] = mixed_precision
     if isinstance(model, PeftModel):
