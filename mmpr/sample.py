@@ -1,17 +1,13 @@
 """Rollouts: n completions per question, written a batch of questions at a time, resumable.
 
-The file alone says how far a run came: a question is done when its n rollouts are there. Whatever
-a kill left behind it (a torn line, some rollouts of a question) is cut off and made again. Each
-question has its own seed, so neither the batch size nor a restart changes what is sampled.
-Beside the file, `<output>.meta.json` says what it depends on; another model or setting is refused.
+How a killed run goes on is told in `mmpr.resumable`. Each question has its own seed, so neither the
+batch size nor a restart changes what is sampled.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -29,6 +25,14 @@ from internvl.data import (
 )
 from internvl.errors import DataError, UserError
 from mmpr.hashing import stable_hash
+from mmpr.resumable import (
+    Asked,
+    check_same_run,
+    meta_path,
+    recover,
+    sample_good,
+    whole_lines,
+)
 
 if TYPE_CHECKING:
     from internvl.sampler import Completion, Sampler, SampleRequest, SamplingConfig
@@ -63,89 +67,9 @@ def describe_run(
     }
 
 
-def meta_path(output: Path) -> Path:
-    """Where the description of a rollouts file lies."""
-    return output.with_name(output.name + ".meta.json")
-
-
-def check_same_run(output: Path, wanted: dict[str, Any]) -> str:
-    """The model name to write into rollouts; raises UserError when `output` is of another run.
-
-    A model is compared by its fingerprint, not by its path; the name first given stays.
-    """
-    path = meta_path(output)
-    if not path.exists():
-        if output.exists() and output.stat().st_size:
-            raise UserError(
-                f"{output} exists without {path.name}: it is not known what made it. "
-                "Give another --output."
-            )
-        return str(wanted["model"])
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from None
-    changed = [
-        f"{key} was {found.get(key)!r}, now {value!r}"
-        for key, value in wanted.items()
-        if key != "model" and found.get(key) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{output} was made by another run ({'; '.join(changed)}). "
-            "Give another --output, or the same options to go on."
-        )
-    return str(found["model"])
-
-
-def _whole_lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(line number, end offset, record) of every line; stops before a torn last line."""
-    with path.open("rb") as lines:
-        position = 0
-        torn: str | None = None
-        for number, raw in enumerate(lines, start=1):
-            if torn is not None:
-                raise DataError(f"{path}:{number - 1}: {torn}, and more lines follow")
-            position += len(raw)
-            if not raw.endswith(b"\n"):
-                return
-            try:
-                record = json.loads(raw)
-            except ValueError as error:
-                torn = f"not valid JSON ({error})"
-                continue
-            yield number, position, record
-
-
-def recover(output: Path, n: int) -> dict[str, dict[str, Any]]:
-    """Cut an interrupted file back to whole questions; id -> first rollout of each that is done.
-
-    Raises DataError when the file is not what a run with n samples a question writes.
-    """
-    if not output.exists():
-        return {}
-    done: dict[str, dict[str, Any]] = {}
-    keep = 0
-    group: list[dict[str, Any]] = []
-    for number, end, record in _whole_lines(output):
-        same = not group or record.get("id") == group[0]["id"]
-        if record.get("sample") != len(group) or not same or record.get("id") in done:
-            raise DataError(
-                f"{output}:{number}: sample {record.get('sample')!r} of question "
-                f"{record.get('id')!r} where sample {len(group)} was expected; the file was changed"
-            )
-        group.append(record)
-        if len(group) == n:
-            done[group[0]["id"]] = group[0]
-            group, keep = [], end
-    if keep < output.stat().st_size:
-        os.truncate(output, keep)
-    return done
-
-
 def first_image(output: Path) -> str | list[str] | None:
     """The image of the first question sampled that has one, as it is written there."""
-    for _, _, record in islice(_whole_lines(output), 10_000):
+    for _, _, record in islice(whole_lines(output), 10_000):
         if record.get("image"):
             image: str | list[str] = record["image"]
             return image
@@ -239,54 +163,18 @@ def rollout_records(
     ]
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A question, its request, and its record as the rollouts repeat it."""
-
-    row: Row
-    request: SampleRequest
-    record: dict[str, Any]
-
-
 def _requests(
     rows: Sequence[Row], seed: int, quarantine: Quarantine, output: Path, root: Path | None
-) -> list[_Asked]:
+) -> list[Asked]:
     """The requests of the questions whose images are good; the others go to the quarantine."""
     asked = []
     for row in rows:
         try:
             request = make_request(row, seed)
-            asked.append(_Asked(row, request, portable_record(row, output, root)))
+            asked.append(Asked(row, request, portable_record(row, output, root)))
         except DataError as error:
             quarantine.add(row.file, row.line, str(error), row.data)
     return asked
-
-
-def _sample_good(
-    sampler: Sampler,
-    requests: Sequence[_Asked],
-    config: SamplingConfig,
-    quarantine: Quarantine,
-) -> list[tuple[_Asked, list[Completion]]]:
-    """Sample a batch; a request that the sampler refuses (too long) goes to the quarantine.
-
-    It refuses the whole batch, so halves are tried until the culprit is alone.
-    """
-    if not requests:
-        return []
-    try:
-        answers = sampler.sample([asked.request for asked in requests], config)
-    except DataError as error:
-        if len(requests) == 1:
-            row = requests[0].row
-            quarantine.add(row.file, row.line, str(error), row.data)
-            return []
-        half = len(requests) // 2
-        return [
-            *_sample_good(sampler, requests[:half], config, quarantine),
-            *_sample_good(sampler, requests[half:], config, quarantine),
-        ]
-    return list(zip(requests, answers, strict=True))
 
 
 def sample_questions(
@@ -322,7 +210,7 @@ def sample_questions(
     for start in range(0, len(pending), batch_questions):
         chunk = pending[start : start + batch_questions]
         requests = _requests(chunk, run["seed"], quarantine, output, root)
-        answered = _sample_good(sampler, requests, config, quarantine)
+        answered = sample_good(sampler, requests, config, quarantine)
         with append_jsonl(output) as out:
             for asked, completions in answered:
                 for record in rollout_records(

@@ -14,14 +14,8 @@ from internvl.errors import DataError, UserError
 from internvl.sampler import Completion, SamplingConfig
 from mmpr import cli
 from mmpr.hashing import model_fingerprint, stable_hash
-from mmpr.sample import (
-    describe_run,
-    meta_path,
-    pending_rows,
-    question_seed,
-    recover,
-    sample_questions,
-)
+from mmpr.resumable import meta_path, recover
+from mmpr.sample import describe_run, pending_rows, question_seed, sample_questions
 from mmpr.verify import judged_record, rollout_task
 from rewards import VerifierPool
 

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """`mmpr sample`."""
     from internvl.sampler import SamplingConfig, open_sampler
-    from mmpr import sample
+    from mmpr import resumable, sample
     from mmpr.hashing import model_fingerprint
 
     for name in ("batch_questions", "limit", "max_model_len"):
@@ -81,8 +81,8 @@ def run(args: argparse.Namespace) -> None:
         limit=args.limit,
     )[: args.limit]
     # before the model is loaded: is this the same run, and is anything left to do?
-    sample.check_same_run(args.output, run)
-    done = sample.recover(args.output, config.n)
+    resumable.check_same_run(args.output, run)
+    done = resumable.recover(args.output, config.n)
     if sample.only_bad_left(sample.pending_rows(rows, done, args.output, root), quarantine):
         quarantine.check(len(rows) + quarantine.count)
         print(f"{args.output} is complete: {len(done)} questions x {config.n}")
