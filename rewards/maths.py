@@ -16,6 +16,7 @@ from rewards.markup import clean
 from rewards.reasons import CannotJudge
 
 MAX_LENGTH = 2_000  # characters; no answer is longer, and regexes of math-verify are not linear
+_ARITHMETIC = re.compile(r"[0-9.+*/() -]*")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
@@ -55,7 +56,10 @@ def _parse(text: str) -> list[Any]:
         if not any(isinstance(item, _TimeoutWarning) for item in logger.filters):
             logger.addFilter(_TimeoutWarning())
     plain = clean(text)
-    for form in (f"${plain}$", plain):
+    forms = [f"${plain.replace('**', '^')}$", plain]  # in LaTeX "9**2" would be 9 and a remainder
+    if "**" in plain and _ARITHMETIC.fullmatch(plain):
+        forms.reverse()  # there a tower of powers is read from the right
+    for form in forms:
         # no_fallback: what does not parse must not come back as a string
         found: list[Any] = math_verify.parse(
             form, fallback_mode="no_fallback", parsing_timeout=None
