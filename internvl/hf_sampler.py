@@ -94,7 +94,7 @@ class TransformersSampler:
         from tqdm import tqdm
 
         for request in requests:
-            check_request(request)
+            check_request(request, (*self._forbidden, self._eos))
         size = max(1, self._max_num_seqs // config.n)
         results: list[list[Completion]] = []
         with tqdm(
@@ -125,14 +125,7 @@ class TransformersSampler:
         self, requests: Sequence[SampleRequest], config: SamplingConfig
     ) -> list[list[Completion]]:
         """Sample all completions of a few requests together."""
-        prompts = [
-            encode_prompt(
-                *(self._processor, request.question, list(request.images)),
-                request.budget(config.max_tiles),
-                request.system,
-            )
-            for request in requests
-        ]
+        prompts = [self._prompt(request, config) for request in requests]
         rows = [
             self._row(request, len(prompt.ids), sample, config)
             for request, prompt in zip(requests, prompts, strict=True)
@@ -141,6 +134,16 @@ class TransformersSampler:
         self._decode(rows, config, *self._prefill(prompts, config.n))
         done = [self._completion(row) for row in rows]
         return [done[start : start + config.n] for start in range(0, len(done), config.n)]
+
+    def _prompt(self, request: SampleRequest, config: SamplingConfig) -> Prompt:
+        """A request's prompt, its started reply included."""
+        prompt = encode_prompt(
+            *(self._processor, request.question, list(request.images)),
+            request.budget(config.max_tiles),
+            request.system,
+        )
+        prompt.ids += request.started
+        return prompt
 
     def _row(
         self, request: SampleRequest, length: int, sample: int, config: SamplingConfig

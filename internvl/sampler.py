@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,8 @@ class SampleRequest:
 
     question: with one "<image>" for each of `images` (RGB). seed: makes this request's samples
     repeatable, whatever else is in the batch. system: the system prompt, if any. max_tiles: tile
-    budget of this prompt (None: the SamplingConfig's).
+    budget of this prompt (None: the SamplingConfig's). started: token ids of a reply that has begun
+    already; what is sampled goes on from there, and is all that a Completion holds.
     """
 
     question: str
@@ -52,6 +53,7 @@ class SampleRequest:
     seed: int
     system: str | None = None
     max_tiles: int | None = None
+    started: Sequence[int] = ()
 
     def budget(self, default: int) -> int:
         """The tile budget of this prompt, where the SamplingConfig's is `default`."""
@@ -237,8 +239,19 @@ def first_seed(sampler_seed: int, request_seed: int) -> int:
     return int.from_bytes(digest[:6], "big") * MAX_SAMPLES
 
 
-def check_request(request: SampleRequest) -> None:
-    """Raise `DataError` unless the question has one placeholder for each image, and a budget."""
+def check_request(request: SampleRequest, control: Collection[int] | None = None) -> None:
+    """Raise `DataError` unless the question has one placeholder for each image, and a budget.
+
+    control: ids that a started reply may not hold, since nothing goes on after them (None: this
+    sampler cannot go on with a started reply at all, and `UserError` says so).
+    """
+    if request.started and control is None:
+        raise UserError(
+            "this sampler cannot go on with a started reply; open a checkpoint with backend vllm "
+            "or transformers"
+        )
+    if wrong := sorted(set(control or ()).intersection(request.started)):
+        raise DataError(f"the started reply holds the control token(s) {wrong}")
     if request.max_tiles is not None and request.max_tiles < 1:
         raise DataError(f"max_tiles is {request.max_tiles} in a request, give 1 or more")
     placeholders = request.question.count(IMAGE_PLACEHOLDER)

@@ -104,7 +104,7 @@ class VLLMSampler:
         from tqdm import tqdm
 
         for request in requests:
-            check_request(request)
+            check_request(request, (*self._forbidden, self._eos))
         # Enough waiting requests to keep the engine full, and no more: each holds its pixels.
         in_flight = -(-2 * self._max_num_seqs // config.n)
         engine = self._llm.llm_engine
@@ -168,7 +168,7 @@ class VLLMSampler:
     def _render(self, request: SampleRequest, max_tiles: int, **options: bool) -> Any:
         """The request as the engine takes it: expanded ids and processed pixels."""
         text = render_prompt(self._processor, request.question, request.system)
-        ids = encode_text(self._processor, text)
+        ids = [*encode_text(self._processor, text), *request.started]
         self._check_length(request, len(ids))
         prompt: dict[str, Any] = {"prompt_token_ids": ids}
         if request.images:

@@ -201,13 +201,26 @@ def open_data_sets(
                 f"{where}: data_augment is {entry['data_augment']!r}, which is not supported "
                 "here; take it out"
             )
-        root = image_root or path.parent / str(entry.get("root") or "")
+        root = image_root or meta_place(path, str(entry.get("root") or ""))
         repeat, max_tiles = _repeat(entry, where), _max_tiles(entry, where)
-        annotation = path.parent / entry["annotation"]
+        annotation = meta_place(path, entry["annotation"])
         if not annotation.exists() and "*" not in annotation.name:
             raise DataError(f"{where}: {annotation}: no such file")
         source = open_source(annotation, cached_from=cached_from, quiet=quiet)
         yield DataSet(source, root, repeat, max_tiles, name)
+
+
+def meta_place(meta: Path, name: str) -> Path:
+    """Where a path that a meta.json names lies: it starts from that file's folder.
+
+    MMPR as published starts its paths from the folder above, with the data set's own name
+    ("MMPR-v1.2/annotations/..."): where only the rest of such a path is there, that is meant.
+    """
+    place = meta.parent / name
+    if Path(name).is_absolute() or place.exists() or "*" in place.name:
+        return place
+    inside = meta.parent.joinpath(*Path(name).parts[1:])
+    return inside if len(Path(name).parts) > 1 and inside.exists() else place
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
