@@ -43,6 +43,7 @@ from internvl.data.rows import Row as Row
 from internvl.data.rows import RowImages as RowImages
 from internvl.data.rows import image_fault as image_fault
 from internvl.data.rowsets import Rows as Rows
+from internvl.data.rowsets import RowSequence as RowSequence
 from internvl.data.rowsets import Selection as Selection
 from internvl.data.rowsets import read_rows as read_rows
 from internvl.data.sources import check_input as check_input
