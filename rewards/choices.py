@@ -5,67 +5,217 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from rewards.markup import clean
+from rewards.markup import clean, fold
+from rewards.quantities import read_number
 from rewards.reasons import CannotJudge, Options
 from rewards.texts import normalise
 
-_OPTION_LETTER = re.compile(
-    r"(?:(?:option|choice|选项)\s{0,3})?[(\[（]?([A-Za-z])(?:[)\]）][.:：]?|[.:：、)])?",
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # options beyond the 26th are reached by their text
+_INDEX = {letter: place for place, letter in enumerate(LETTERS)}
+_LEAD = re.compile(
+    r"(?:the\s{1,3})?(?:correct\s{1,3})?(?:(?:options?|choices?|answers?)\b(?:\s{1,3}(?:is|are)\b)?"
+    r"|选项?|答案[是为]?)\s{0,3}[:：]?\s{0,3}",
     re.IGNORECASE,
 )
-_OPTION_BOTH = re.compile(r"[(\[（]?([A-Za-z])(?:[)\]）][.:：]?|[.:：、])\s{0,3}(\S.*)", re.DOTALL)
+# "B"  "(B)"  "B."  "[B]:"
+_ALONE = re.compile(r"[(\[【]?\s?([A-Za-z])\s?[)\]】]?\s?[.:、)!]?")
+# "B. Paris"  "(B) Paris"  "B: Paris"  "B - Paris"  "B (Paris)"; not "U.S." or "e.g. this"
+_LABELLED = re.compile(
+    r"[(\[【]\s?([A-Za-z])\s?[)\]】]\s?[.:、]?\s*(\S.*)"
+    r"|([A-Z])\s?(?:[)\]】.:、]|\s[-—]\s|\s(?=\([^()]*\)$))\s*((?![A-Za-z]\.)\S.*)"
+    r"|([a-z])\s?[)\]】.:、]\s+(\S.*)",
+    re.DOTALL,
+)
+# "B, because ..", "B is correct": what follows is no text of an option
+_REASONED = re.compile(
+    r"[(\[]?([A-Za-z])[)\]]?\s?(?:[,;:.—]\s?|\s)\s{0,9}(?:because|since|as|for|given|due|so)\b(.*)"
+    r"|[(\[]?([A-Za-z])[)\]]?[.,;:—]?\s{0,3}(?:\n|因为|由于)(.*)"
+    r"|[(\[]?([A-Z])[)\]]?\s{1,3}(?:is|was)\s{1,3}(?:the\s{1,3})?(?:correct|right|best|answer)"
+    r"(\s{1,3}(?:answer|option|choice|one))?",
+    re.DOTALL | re.IGNORECASE,
+)
+_SPACED = re.compile(r"([A-Z]) (\S.*)", re.DOTALL)  # "B London"
+_OTHERS = re.compile(r"(?<![A-Za-z'’.])[A-HJ-Z](?![A-Za-z'’])")  # I is a word
+_HEDGE = re.compile(r"\b(?:or|and|或)\s{0,3}[(\[]?[A-Z](?![A-Za-z])|^\s{0,3}[/&,]\s{0,3}[A-Z]\b")
+_OR = re.compile(r"\s{1,9}or\s{1,9}|\s{0,9}[/或]\s{0,9}")
+_SEPARATORS = re.compile(r"\s{0,9}(?:[,;、/&+]|\band\b|和|与|及)\s{0,9}(?:and\b\s{0,3})?|\s{1,9}")
+_RUN = re.compile(r"[A-Z]{2,26}|[a-z]{2,26}")
+_MAX_LETTERS = 120  # of a text that lists letters
+_ARTICLE = re.compile(r"(?:the|an?) ")
+
+
+def _listed_letters(text: str) -> frozenset[str] | None:
+    """The letters of "A, C", "A and C", "(A)(C)", "ACD"; None where the text is not only letters.
+
+    "A or B" lists none: it does not decide.
+    """
+    if len(text) > _MAX_LETTERS or text[1:2] in (".", ":"):  # "B. x" is labelled
+        return None
+    if _RUN.fullmatch(text):
+        return frozenset(text.upper()) if len(set(text)) == len(text) else None
+    found = []
+    for part in _SEPARATORS.split(text.replace(")(", ") (")):
+        alone = _ALONE.fullmatch(part)
+        if alone is None:
+            return None
+        found.append(alone[1].upper())
+    return frozenset(found)
+
+
+def _strip_lead(text: str) -> str:
+    """A text without "Option", "The answer is", "选项" before its letter."""
+    if len(text) > 1 and (lead := _LEAD.match(text)) and lead.end() < len(text):
+        return clean(text[lead.end() :])
+    return text
+
+
+def _label(text: str) -> tuple[str, str] | None:
+    """The letter that labels a text ("B. London") and the text after it."""
+    if (label := _LABELLED.fullmatch(text)) is None:
+        return None
+    letter, rest = (group for group in label.groups() if group is not None)
+    return letter.upper(), rest
+
+
+def _claimed(text: str) -> str | None:
+    """The letter of "B. London" or "B, because ..", unless other letters are named beside it."""
+    if reasoned := _REASONED.fullmatch(text):
+        letter, reason, *_ = (group for group in [*reasoned.groups(), ""] if group is not None)
+        return None if _OTHERS.search(reason) else letter.upper()
+    label = _label(text)
+    return label[0] if label and not _HEDGE.search(label[1][:200]) else None
 
 
 def option_letter(text: str) -> str | None:
-    """The letter of "B", "(B)", "B.", "Option B", "B. Paris"; None for other text."""
-    text = clean(text)
-    if alone := _OPTION_LETTER.fullmatch(text):
-        return alone.group(1).upper()
-    both = _OPTION_BOTH.fullmatch(text)
-    return both.group(1).upper() if both else None
+    """The letter of "B", "(B)", "B.", "Option B", "B. Paris"; None for other text.
+
+    >>> option_letter("**(b)**"), option_letter("A red bar")
+    ('B', None)
+    """
+    letters = _letters(text)
+    return next(iter(letters)) if letters is not None and len(letters) == 1 else None
 
 
-def _option_texts(options: Sequence[str]) -> list[str]:
-    """The options without their own letters ("A. Paris" at place 0 is "paris")."""
-    texts = []
-    for index, option in enumerate(options):
-        both = _OPTION_BOTH.fullmatch(clean(option))
-        own = both is not None and both.group(1).upper() == chr(ord("A") + index)
-        texts.append(normalise(both.group(2) if both and own else option))
-    return texts
+def _letters(text: str) -> frozenset[str] | None:
+    """The option letters that a text names when no options are given."""
+    text = _strip_lead(clean(fold(text)))
+    if alone := _ALONE.fullmatch(text):
+        return frozenset(alone[1].upper())
+    if listed := _listed_letters(text):
+        return listed
+    claimed = _claimed(text)
+    return None if claimed is None else frozenset(claimed)
 
 
-def _chosen_option(text: str, texts: list[str]) -> str | None:
-    """The letter that a text names: by letter, by the option's text, or both if they agree."""
-    whole = clean(text)
-    letters = [chr(ord("A") + index) for index in range(len(texts))]
-    if (alone := _OPTION_LETTER.fullmatch(whole)) and alone.group(1).upper() in letters:
-        return alone.group(1).upper()
-    if normalise(whole) in texts:
-        return letters[texts.index(normalise(whole))]
-    if both := _OPTION_BOTH.fullmatch(whole):
-        letter, rest = both.group(1).upper(), normalise(both.group(2))
-        contradicts = rest in texts and letters[texts.index(rest)] != letter
-        return letter if letter in letters and not contradicts else None
-    return None
+class _Options:
+    """The options of one question: what each letter and each text stands for.
+
+    An option is known by its place; options of equal text count as one, the first.
+    """
+
+    def __init__(self, options: Sequence[str]):
+        labels = [_label(clean(fold(option))) for option in options]
+        own = [label[0] if label else None for label in labels]
+        if None in own or len(set(own)) < len(own):  # letters of their own, or none
+            own = [letter if letter == LETTERS[place : place + 1] else None
+                   for place, letter in enumerate(own)]  # fmt: skip
+        self.place_of: dict[str, int] = {}
+        places: dict[str, int] = {}
+        self.texts = []
+        for place, option in enumerate(options):
+            label, letter = labels[place], own[place]
+            text = normalise(label[1] if label and letter else option)
+            first = places.setdefault(text, place)
+            self.texts.append(text)
+            if letter or place < len(LETTERS):
+                self.place_of[letter or LETTERS[place]] = first
+        self.places = places
+
+    def by_text(self, text: str) -> int | None:
+        """The option of that text, or of that number or without its article, if it is one."""
+        text = normalise(text)
+        if text in self.places:
+            return self.places[text]
+        bare = _bare(text)
+        if bare != text or any(_ARTICLE.match(option) for option in self.places):
+            for option, place in self.places.items():
+                if _bare(option) == bare:
+                    return place
+        number = read_number(text)
+        if number is None:
+            return None
+        same = [
+            place
+            for option, place in self.places.items()
+            if (value := read_number(option)) is not None
+            and value.value == number.value
+            and not value.unit_differs(number)
+        ]
+        return same[0] if len(same) == 1 else None
+
+    def read(self, text: str) -> frozenset[int] | None:
+        """The options that a text names, by letter, by text, or by both if they agree."""
+        whole = clean(fold(text))
+        bare = _strip_lead(whole)
+        alone = _ALONE.fullmatch(bare)
+        if alone and alone[1].upper() in self.place_of:
+            return frozenset([self.place_of[alone[1].upper()]])
+        place = self.by_text(whole)
+        if place is None and bare != whole:
+            place = self.by_text(bare)
+        if place is not None:
+            return frozenset([place])
+        if listed := _listed_letters(bare):
+            if not listed <= self.place_of.keys():
+                return None
+            return frozenset(self.place_of[letter] for letter in listed)
+        return self._labelled(bare)
+
+    def _labelled(self, text: str) -> frozenset[int] | None:
+        """The option of "B. London" or "B, because ..", unless the text is another option's."""
+        label = _label(text)
+        if label is None and (spaced := _SPACED.fullmatch(text)):
+            label = spaced[1], spaced[2]
+        if label is not None:
+            letter, rest = label
+            place = self.place_of.get(letter)
+            rest = rest[1:-1] if rest[0] == "(" and rest[-1] == ")" else rest
+            meant = self.by_text(rest)
+            if meant is not None:
+                return frozenset([meant]) if meant == place else None
+            if any(self.by_text(part) not in (place, None) for part in _OR.split(rest[:200])):
+                return None
+        claimed = _claimed(text)
+        return frozenset([self.place_of[claimed]]) if claimed in self.place_of else None
+
+
+def _bare(text: str) -> str:
+    return text[article.end() :] if (article := _ARTICLE.match(text)) else text
 
 
 def match_choice(prediction: str, gold: str, options: Options = None) -> float:
-    """1.0 when both name the same option.
+    """1.0 when both name the same option, or the same set of options ("AC", "A and C").
 
-    With `options` either may be the letter or the option's text. Raises CannotJudge when the gold
-    names no option (or, without options, is no letter).
+    With `options` either may be the letter or the option's text; a letter beside another option's
+    text names none. "A or B" is wrong, and so is a letter whose reason names another letter.
+    Raises CannotJudge when the gold names no option (or, without options, no letter).
     """
+    wanted: frozenset[int] | frozenset[str] | None
+    given: frozenset[int] | frozenset[str] | None
     if options:
-        texts = _option_texts(options)
-        wanted = _chosen_option(gold, texts)
+        table = _Options(options)
+        wanted = table.read(gold)
         if wanted is None:
-            raise CannotJudge(f"gold answer {gold!r} is none of the {len(texts)} options")
-        return float(_chosen_option(prediction, texts) == wanted)
-    wanted = option_letter(gold)
-    if wanted is None:
-        raise CannotJudge(f"gold answer {gold!r} is no option letter, and no options are given")
-    return float(option_letter(prediction) == wanted)
+            raise CannotJudge(f"gold answer {gold[:40]!r} is none of the {len(options)} options")
+        given = table.read(prediction)
+    else:
+        wanted = _letters(gold)
+        if wanted is None or (len(wanted) > 1 and gold.islower()):
+            raise CannotJudge(
+                f"gold answer {gold[:40]!r} is no option letter, and no options are given"
+            )
+        given = _letters(prediction)
+    return float(given == wanted)
 
 
 def options_in(question: str) -> list[str] | None:

@@ -1,36 +1,217 @@
-"""Matchers of places in a picture: boxes and points, in 0..1000 of width and height."""
+"""Matchers of places in a picture: boxes and points, in 0..1000 of width and height.
+
+    <ref>the dog</ref><box>[[100, 200, 300, 400]]</box>     InternVL's own (Chen et al. 2024)
+    [100, 200, 300, 400]   (100,200),(300,400)   {"bbox_2d": [100, 200, 300, 400]}   a, b, c, d
+    <point>[[500, 300]]</point>   (500, 300)   click(x=0.5, y=0.3)
+
+Coordinates that are all at most 1, one with a decimal point, are shares of 1: times 1000.
+"""
 
 from __future__ import annotations
 
+import math
 import re
+from typing import NamedTuple
 
 from rewards.reasons import CannotJudge, Options
 
 BOX_THRESHOLD = 0.5  # RefCOCO's Acc@0.5
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+POINT_RADIUS = 140.0  # 14% of the picture's side: AITW (Rawles et al. 2023), section 5
+MAX_BOXES = 64  # of one answer: pairing them costs the cube
+_UNMET = 0.49  # the most that an answer scores when a box is missed or one too many
+
+Box = tuple[float, float, float, float]
+Point = tuple[float, float]
+
+_GROUP = re.compile(r"[\[(]([^\[\]()]*)[\])]")
+_NUMBER = re.compile(r"[+-]?(?:\d{1,12}(?:\.\d{0,12})?|\.\d{1,12})", re.ASCII)
+_NUMBERS = re.compile(r"[\d\s,.+-]+", re.ASCII)
+_N = r"([+-]?(?:\d{1,12}(?:\.\d{0,12})?|\.\d{1,12}))"
+_KEYED = re.compile(
+    rf"\bx[\"']?\s{{0,3}}[=:]\s{{0,3}}{_N}\s{{0,3}},?\s{{0,3}}[\"']?y[\"']?\s{{0,3}}[=:]\s{{0,3}}{_N}(?![\d.])",
+    re.ASCII,
+)
+_MAX_GROUP = 120  # characters between brackets
+
+
+class Places(NamedTuple):
+    """The boxes (x1, y1, x2, y2) and the points (x, y) that a text gives, in 0..1000."""
+
+    boxes: list[Box]
+    points: list[Point]
+
+
+def read_places(text: str) -> Places | None:
+    """The boxes and points of a text; None when one of them is malformed, or nothing is there.
+
+    A bracket of two numbers beside another of two is a box by its corners. Brackets that hold no
+    numbers are prose. Malformed is a bracket of another count of numbers, a box without area, a
+    number beyond a million.
+
+    >>> read_places("<box>[[0.1, 0.2, 0.3, 0.4]]</box>").boxes
+    [(100.0, 200.0, 300.0, 400.0)]
+    """
+    if "<box>" in text and "</box>" in text:
+        text = text[text.index("<box>") : text.rindex("</box>")]
+    groups: list[list[str]] = []
+    for found in _GROUP.finditer(text):
+        inside = found[1]
+        if len(inside) <= _MAX_GROUP and _NUMBERS.fullmatch(inside):
+            groups.append(inside.replace(",", " ").split())
+            if len(groups) > 2 * MAX_BOXES:
+                return None
+    if not groups:
+        if keyed := _KEYED.search(text):
+            groups = [list(keyed.groups())]
+        elif len(text) <= _MAX_GROUP and _NUMBERS.fullmatch(text):
+            groups = [text.replace(",", " ").split()]
+    return _places(groups)
+
+
+def _places(groups: list[list[str]]) -> Places | None:
+    """The places of groups of numbers, scaled to 0..1000."""
+    numbers: list[float] = []
+    decimal = False
+    for group in groups:
+        for number in group:
+            if not _NUMBER.fullmatch(number):
+                return None
+            decimal = decimal or "." in number
+            numbers.append(float(number))
+    if not numbers or max(map(abs, numbers)) > 1e6:
+        return None
+    scale = 1000.0 if decimal and max(numbers) <= 1 else 1.0
+    places, position = Places([], []), 0
+    corner: Point | None = None
+    for group in groups:
+        values = [number * scale for number in numbers[position : position + len(group)]]
+        position += len(group)
+        if len(values) == 4 and corner is None:
+            places.boxes.append((values[0], values[1], values[2], values[3]))
+        elif len(values) == 2 and corner is not None:
+            places.boxes.append((*corner, values[0], values[1]))
+            corner = None
+        elif len(values) == 2:
+            corner = (values[0], values[1])
+        elif len(values) != 1 or corner is not None:  # "(1)" counts something in prose
+            return None
+    if corner is not None:
+        places.points.append(corner)
+    if any(x2 <= x1 or y2 <= y1 for x1, y1, x2, y2 in places.boxes):
+        return None
+    return places if places.boxes or places.points else None
+
+
+def box_iou(one: Box, other: Box) -> float:
+    """Intersection over union of two boxes with area.
+
+    >>> box_iou((0, 0, 10, 10), (0, 0, 10, 5))
+    0.5
+    """
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    common = width * height
+    areas = (one[2] - one[0]) * (one[3] - one[1]) + (other[2] - other[0]) * (other[3] - other[1])
+    return common / (areas - common)
 
 
 def match_box(prediction: str, gold: str, options: Options = None) -> float:
-    """The intersection over union of two boxes."""
-    wanted = [float(number) for number in _NUMBER.findall(gold)]
-    if len(wanted) != 4:
-        raise CannotJudge(f"gold answer {gold!r} is no box [[x1, y1, x2, y2]]")
-    given = [float(number) for number in _NUMBER.findall(prediction)]
-    if len(given) != 4:
+    """The mean IoU of gold boxes and given ones, paired one to one as well as they can be.
+
+    The mean is over the larger count. A match asks more than a mean of 0.5 (RefCOCO's Acc@0.5, Yu
+    et al. 2016): that every gold box is met at 0.5 by a box of its own and none is too many; where
+    that fails, several boxes score 0.49 at most. A malformed answer scores 0. Raises CannotJudge
+    for a gold that is no box, or over 64 of them.
+    """
+    wanted = _gold_places(gold)
+    if not wanted.boxes or wanted.points or len(wanted.boxes) > MAX_BOXES:
+        raise CannotJudge(f"gold answer {gold[:60]!r} is no box [[x1, y1, x2, y2]]")
+    given = read_places(prediction)
+    if given is None or not given.boxes or given.points or len(given.boxes) > MAX_BOXES:
         return 0.0
-    width = min(wanted[2], given[2]) - max(wanted[0], given[0])
-    height = min(wanted[3], given[3]) - max(wanted[1], given[1])
-    common = max(0.0, width) * max(0.0, height)
-    areas = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (wanted, given))
-    return common / (areas - common) if areas > common else 0.0
+    if len(wanted.boxes) == len(given.boxes) == 1:
+        return box_iou(wanted.boxes[0], given.boxes[0])
+    fewer, more = sorted((wanted.boxes, given.boxes), key=len)
+    overlaps = [[box_iou(one, other) for other in more] for one in fewer]
+    # a met pair outweighs any sum of overlaps: first as many as possible, then the best of those
+    weights = [
+        [iou + (MAX_BOXES if iou >= BOX_THRESHOLD else 0) for iou in row] for row in overlaps
+    ]
+    pairs = [overlaps[row][column] for row, column in enumerate(best_assignment(weights))]
+    score = sum(pairs) / len(more)
+    if len(fewer) == len(more) and min(pairs) >= BOX_THRESHOLD:
+        return max(score, BOX_THRESHOLD)  # a mean of 0.5s may round below it
+    return min(score, _UNMET)
+
+
+def best_assignment(weights: list[list[float]]) -> list[int]:
+    """The column for each row, none twice, of the greatest sum of weights; rows <= columns.
+
+    The Hungarian method with potentials (Kuhn 1955), cubic.
+
+    >>> best_assignment([[9.0, 8.0], [8.0, 1.0]])
+    [1, 0]
+    """
+    rows, columns = len(weights), len(weights[0])
+    row_potential, column_potential = [0.0] * (rows + 1), [0.0] * (columns + 1)
+    row_of, came_from = [0] * (columns + 1), [0] * (columns + 1)  # 1-based; 0: free
+    for row in range(1, rows + 1):
+        row_of[0], column = row, 0
+        slack, done = [math.inf] * (columns + 1), [False] * (columns + 1)
+        while row_of[column]:
+            done[column] = True
+            least, following = math.inf, 0
+            costs, base = weights[row_of[column] - 1], row_potential[row_of[column]]
+            for other in range(1, columns + 1):
+                if done[other]:
+                    continue
+                reduced = -costs[other - 1] - base - column_potential[other]
+                if reduced < slack[other]:
+                    slack[other], came_from[other] = reduced, column
+                if slack[other] < least:
+                    least, following = slack[other], other
+            for other in range(columns + 1):
+                if done[other]:
+                    row_potential[row_of[other]] += least
+                    column_potential[other] -= least
+                else:
+                    slack[other] -= least
+            column = following
+        while column:
+            row_of[column] = row_of[came_from[column]]
+            column = came_from[column]
+    chosen = [0] * rows
+    for column in range(1, columns + 1):
+        if row_of[column]:
+            chosen[row_of[column] - 1] = column - 1
+    return chosen
+
+
+def _gold_places(gold: str) -> Places:
+    places = read_places(gold)
+    if places is None:
+        raise CannotJudge(f"gold answer {gold[:60]!r} is no box or point with an area and a place")
+    return places
 
 
 def match_point(prediction: str, gold: str, options: Options = None) -> float:
-    """1.0 when the point lies in the gold box."""
-    wanted = [float(number) for number in _NUMBER.findall(gold)]
-    if len(wanted) != 4:
-        raise CannotJudge(f"gold answer {gold!r} is no box [[x1, y1, x2, y2]]")
-    given = [float(number) for number in _NUMBER.findall(prediction)]
-    if len(given) != 2:
+    """1.0 when the one point given lies in the gold box, or near the gold point.
+
+    A box given counts by its centre (ScreenSpot, Cheng et al. 2024). Near is within 14% of the
+    picture's side (AITW, Rawles et al. 2023). Any of several gold boxes or points will do, but
+    several points given are none. Raises CannotJudge for a gold that is no place.
+    """
+    wanted = _gold_places(gold)
+    given = read_places(prediction)
+    if given is None or len(given.boxes) + len(given.points) != 1:
         return 0.0
-    return float(wanted[0] <= given[0] <= wanted[2] and wanted[1] <= given[1] <= wanted[3])
+    if given.boxes:
+        x1, y1, x2, y2 = given.boxes[0]
+        x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    else:
+        x, y = given.points[0]
+    inside = any(x1 <= x <= x2 and y1 <= y <= y2 for x1, y1, x2, y2 in wanted.boxes)
+    near = any(math.hypot(x - px, y - py) <= POINT_RADIUS for px, py in wanted.points)
+    return float(inside or near)

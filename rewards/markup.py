@@ -1,32 +1,14 @@
-r"""Markdown and LaTeX around an answer that carry no meaning."""
+r"""Markdown, LaTeX and Unicode around an answer that carry no meaning."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _BOLD = re.compile(r"(?<!\w)\*\*([^*\n]{1,200})\*\*(?!\w)")  # not the power in 2**3
-
-
-def clean(text: str) -> str:
-    r"""An answer without the wrapping that carries no meaning: `$`, `**`, \text{}, quotes, a
-    closing full stop.
-
-    >>> clean(r" **$\text{B}$.** ")
-    'B'
-    """
-    before = None
-    text = _BOLD.sub(r"\1", text.strip())
-    for _ in range(8):  # wrappings nest only a few deep; a bound keeps hostile input linear
-        if text == before:
-            break
-        before = text
-        text = text.strip(" \t\r\n*`")
-        text = _unwrap(text)
-        if not text.endswith("..."):
-            text = text.rstrip(".。，；;！").rstrip()
-    return text
-
-
+_OPENERS = frozenset("*`$\\\"“'_")
+_STOPS = ".。，,；;！"
+_CLOSERS = frozenset("*`" + _STOPS)
 _WRAPPERS = (
     ("$$", "$$"),
     ("$", "$"),
@@ -36,11 +18,38 @@ _WRAPPERS = (
     ("“", "”"),
     ("'", "'"),
     ("__", "__"),
+    ("_", "_"),
 )
-_COMMAND = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s{0,2}\{")
+_COMMAND = re.compile(
+    r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox|boxed|fbox)\s{0,2}\{", re.ASCII
+)
+
+
+def clean(text: str) -> str:
+    r"""An answer without the wrapping that carries no meaning: `$`, `**`, \text{}, quotes, closing
+    stops and commas.
+
+    >>> clean(r" **$\text{B}$.** ")
+    'B'
+    """
+    text = text.strip()
+    if "**" in text:
+        text = _BOLD.sub(r"\1", text)
+    for _ in range(8):  # wrappings nest only a few deep; a bound keeps hostile input linear
+        if not text or (text[0] not in _OPENERS and text[-1] not in _CLOSERS):
+            break
+        before = text
+        text = _unwrap(text.strip(" \t\r\n*`"))
+        if not text.endswith("..."):
+            text = text.rstrip(_STOPS).rstrip()
+        if text == before:
+            break
+    return text
 
 
 def _unwrap(text: str) -> str:
+    if not text or text[0] not in _OPENERS:
+        return text
     for left, right in _WRAPPERS:
         if not (text.startswith(left) and text.endswith(right)):
             continue
@@ -65,3 +74,37 @@ def brace_end(text: str, start: int) -> int | None:
             if depth == 0:
                 return brace.end()
     return None
+
+
+# NFKC makes "102" of "10²" and "11/2" of "1½": these are written out before it sees them.
+_SUPERSCRIPTS = re.compile(r"(?<=[\w)\]}])[⁺⁻]?[⁰¹²³⁴-⁹]{1,9}")
+_SUPERSCRIPT_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_VULGAR = re.compile(r"[¼-¾⅐-⅞↉]")
+_SILENT = dict.fromkeys(  # zero-width characters and directions: they show nothing
+    [*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF, 0xAD]
+)
+_SILENT |= {0x2212: "-", 0x2010: "-", 0x2011: "-", 0x2012: "-", 0x2013: "-", 0x2044: "/"}
+_RUN = re.compile(r"\S{1,256}")
+
+
+def fold(text: str) -> str:
+    """Unicode's compatibility forms as plain characters: full-width letters, ½, ²; else as is.
+
+    >>> fold("1½ m²")
+    '1 1/2 m^2'
+    """
+    if text.isascii():
+        return text
+    text = _SUPERSCRIPTS.sub(lambda found: "^" + found[0].translate(_SUPERSCRIPT_DIGITS), text)
+    text = _VULGAR.sub(_write_out, text)
+    if len(text) <= 256:
+        text = unicodedata.normalize("NFKC", text)
+    else:  # Python's NFKC is quadratic in a run of combining marks
+        text = _RUN.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text)
+    return text.translate(_SILENT)
+
+
+def _write_out(found: re.Match[str]) -> str:
+    plain = unicodedata.normalize("NFKC", found[0]).replace("\u2044", "/")
+    before = found.string[max(0, found.start() - 1) : found.start()]
+    return f" {plain}" if before.isdigit() else plain

@@ -5,26 +5,29 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from rewards.markup import clean, fold
 from rewards.quantities import Number, read_number, same_number
 from rewards.reasons import CannotJudge, Options
 from rewards.texts import match_exact
 
 RELAXED_TOLERANCE = Fraction(5, 100)  # ChartQA, section 5.1
 YEARS = range(1500, 2101)  # a gold integer in here is taken for a year
+_YEAR = re.compile(r"\d{4}年?|[〇零一二三四五六七八九]{4}年?")
 
 
 def _gold_number(gold: str) -> Number:
     number = read_number(gold)
     if number is None:
-        raise CannotJudge(f"gold answer {gold!r} is not a number")
+        raise CannotJudge(f"gold answer {gold[:40]!r} is not a number")
     return number
 
 
 def match_number(prediction: str, gold: str, options: Options = None) -> float:
     """1.0 when both are the same number, in units that do not contradict each other.
 
-    A unit missing on one side is forgiven, another unit is not. Raises CannotJudge when the gold
-    is no number.
+    A unit missing on one side is forgiven, another unit is not, and none is converted: "12 cm" is
+    not "0.12 m", for the question asked for one of them. A percentage is also its share ("50%",
+    "50", "0.5"). No rounding: "0.33" is not "1/3". Raises CannotJudge when the gold is no number.
     """
     wanted = _gold_number(gold)
     given = read_number(prediction)
@@ -34,8 +37,8 @@ def match_number(prediction: str, gold: str, options: Options = None) -> float:
 def match_relaxed(prediction: str, gold: str, options: Options = None) -> float:
     """ChartQA's relaxed accuracy: within 5% of a gold number, equal text otherwise.
 
-    A gold year (a plain integer in 1500..2100) and a gold zero must be met exactly.
-    Raises CannotJudge for an empty gold.
+    Masry et al. 2022, section 5.1. A gold year (a plain integer in 1500..2100) and a gold zero
+    must be met exactly; a list ("[1, 2]") is text. Raises CannotJudge for a blank gold.
     """
     wanted = read_number(gold)
     if wanted is None:
@@ -45,8 +48,12 @@ def match_relaxed(prediction: str, gold: str, options: Options = None) -> float:
         return 0.0
     if same_number(given, wanted):
         return 1.0
-    year = re.fullmatch(r"\d{4}", gold.strip()) is not None and int(gold) in YEARS
-    if year or wanted.value == 0 or wanted.unit_differs(given):
+    if wanted.value == 0 or wanted.unit_differs(given) or _is_year(gold, wanted):
         return 0.0
     allowed = abs(wanted.value) * RELAXED_TOLERANCE
     return float(any(abs(value - wanted.value) <= allowed for value in given.readings(wanted)))
+
+
+def _is_year(gold: str, wanted: Number) -> bool:
+    """Whether a gold number is written as a year: four plain digits, or with 年."""
+    return wanted.value in YEARS and _YEAR.fullmatch(clean(fold(gold))) is not None
