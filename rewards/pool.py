@@ -12,18 +12,13 @@ CUDA. A forked copy of the owner never touches its parent's processes and starts
 
 from __future__ import annotations
 
-import os
-import select
-import threading
-import time
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from math import ceil
 from types import TracebackType
 
+from rewards.dispatch import Cache, Dispatcher
 from rewards.match import MATCHERS
-from rewards.processes import Counters, Job, Process
+from rewards.processes import Counters, Job
 from rewards.reasons import CannotJudge
 from rewards.verdict import (
     Comparison,
@@ -40,47 +35,9 @@ from rewards.verdict import (
 DEFAULT_LIMIT = 5.0  # seconds of one comparison
 CACHE_SIZE = 100_000  # results
 MEMORY_LIMIT = 2**30  # bytes that a process may map beyond what it starts with
-MAX_CACHED_LENGTH = 2_000  # characters of prediction and gold
 MAX_AHEAD = 10_000  # tasks that `map` may be ahead of what it has yielded,
 MAX_AHEAD_LENGTH = 2**24  # and characters of their answers
-MAX_FAILED_STARTS = 3
-_TICK = 0.1  # seconds after which a wait looks around
 _LOOK_EVERY = 4  # tasks judged here between two looks at the processes
-
-
-class Cache:
-    """The results last used, by comparison: at most `size` of them.
-
-    Two generations, the older of which is dropped whole, so that no lock is needed: between half of
-    `size` and all of it is kept.
-    """
-
-    def __init__(self, size: int):
-        self.half = size // 2
-        self.new: dict[Comparison, Result] = {}
-        self.old: dict[Comparison, Result] = {}
-        self.hits = 0
-
-    def get(self, key: Comparison) -> Result | None:
-        """The result, or None where it is not known."""
-        found = self.new.get(key)
-        if found is None:
-            found = self.old.get(key)
-            if found is None:
-                return None
-            self.put(key, found)
-        self.hits += 1
-        return found
-
-    def put(self, key: Comparison, result: Result) -> None:
-        """Remember a result."""
-        if len(self.new) >= self.half:
-            self.old, self.new = self.new, {}
-        self.new[key] = result
-
-    def takes(self, key: Comparison) -> bool:
-        """Whether results of this comparison are kept: there is a cache and the texts are short."""
-        return self.half > 0 and len(key.prediction) + len(key.gold) <= MAX_CACHED_LENGTH
 
 
 class _Run:
@@ -122,9 +79,9 @@ class VerifierPool:
 
     limit: seconds of one slow comparison; then its verdict is a timeout. cache_size: results kept,
     timeouts too; 0 for none. memory_limit: bytes that a process may map beyond what it starts with
-    (about 70 MB); a comparison that needs more cannot be judged. counters: what the processes did.
-    Any number of threads may use one pool. Raises ValueError for arguments that make no sense and,
-    once closed, for any use; RuntimeError where no process can be started.
+    (about 70 MB); a comparison that needs more cannot be judged. Any number of threads may use one
+    pool. Raises ValueError for arguments that make no sense and, once closed, for any use;
+    RuntimeError where no process can be started.
     """
 
     def __init__(
@@ -145,18 +102,8 @@ class VerifierPool:
             raise ValueError(f"memory_limit is {memory_limit} bytes; at least 64 MiB are needed")
         self.workers = workers
         self.limit = limit
-        self.memory_limit = memory_limit
-        self.counters = Counters()
         self.cache = Cache(cache_size)
-        self._closed = False
-        self._failed_starts = 0
-        self._queue: deque[Job] = deque()
-        self._in_flight: dict[Comparison, Job] = {}
-        self._processes: list[Process] = []
-        self._state = threading.Condition(threading.Lock())
-        self._polling = False  # a thread waits for the processes, on behalf of all
-        self._finalizer = weakref.finalize(self, _end_all, self._processes)  # at exit, too
-        _POOLS.add(self)
+        self._dispatcher = Dispatcher(workers, limit, memory_limit, self.cache)
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -171,21 +118,23 @@ class VerifierPool:
 
     def close(self) -> None:
         """End the processes; whoever still waits for a verdict gets an error."""
-        with self._state:
-            self._closed = True
-            self._finalizer()
-            self._state.notify_all()
+        self._dispatcher.close()
+
+    @property
+    def counters(self) -> Counters:
+        """What the processes did so far."""
+        return self._dispatcher.counters
 
     @property
     def process_ids(self) -> list[int]:
         """The processes that there are now: each outer one and the child that judges in it."""
-        running = [process for process in self._processes if not process.ended]
+        running = [process for process in self._dispatcher.processes if not process.ended]
         children = [process.child for process in running if process.child is not None]
         return [process.popen.pid for process in running] + children
 
     def judge(self, task: Task) -> Verdict:
         """The verdict of one task."""
-        self._check_open()
+        self._dispatcher.check_open()
         run = _Run(plan_comparisons(task))
         try:
             while (verdict := self._advance(run)) is None:
@@ -200,7 +149,7 @@ class VerifierPool:
         Tasks are taken ahead while slow comparisons run: at most `MAX_AHEAD`, and no more than
         keeps the processes busy.
         """
-        self._check_open()
+        self._dispatcher.check_open()
         return self._map(iter(tasks))
 
     def _map(self, tasks: Iterator[Task]) -> Iterator[Verdict]:
@@ -229,11 +178,15 @@ class VerifierPool:
                     turn += 1
                     if not running or turn % _LOOK_EVERY:
                         continue
-                    self._look()
+                    self._dispatcher.look()
                 running = [run for run in running if self._advance(run) is None]
         finally:
             for run in window:
                 run.leave()
+
+    def _wait(self, runs: Sequence[_Run]) -> None:
+        """Wait until one of the tasks can be carried on."""
+        self._dispatcher.wait([run.job for run in runs if run.job is not None])
 
     def _advance(self, run: _Run) -> Verdict | None:
         """Carry a task on as far as it goes without waiting; its verdict, None where it waits."""
@@ -245,7 +198,7 @@ class VerifierPool:
         while (comparison := run.next()) is not None:
             result = self._decide_here(comparison)
             if result is None:
-                run.job = self._submit(comparison, id(run))
+                run.job = self._dispatcher.submit(comparison, id(run))
                 return None
             run.add(result)
         run.verdict = conclude(run.plan, run.results)
@@ -267,128 +220,6 @@ class VerifierPool:
             self.cache.put(comparison, result)
         return result
 
-    # What follows holds the lock `_state`, or takes it.
-
-    def _submit(self, comparison: Comparison, waiter: int) -> Job:
-        """Queue a comparison, or join the job that already runs the same one."""
-        with self._state:
-            kept = self.cache.takes(comparison)
-            job = self._in_flight.get(comparison) if kept else None
-            if job is None:
-                job = Job(comparison)
-                self._queue.append(job)
-                if kept:
-                    self._in_flight[comparison] = job
-            job.waiters.add(waiter)
-            try:
-                self._hand_out()
-            except BaseException:
-                job.waiters.discard(waiter)
-                raise
-            return job
-
-    def _wait(self, runs: Sequence[_Run]) -> None:
-        """Wait until one of the tasks' jobs has its result."""
-        jobs = [run.job for run in runs if run.job is not None]
-        with self._state:
-            while all(job.result is None for job in jobs):
-                self._check_open()
-                if self._polling:
-                    self._state.wait(_TICK)
-                else:
-                    self._step(_TICK)
-
-    def _look(self) -> None:
-        """Take results and hand out work without waiting, unless another thread is at it."""
-        if not self._state.acquire(blocking=False):
-            return
-        try:
-            self._check_open()
-            if not self._polling:
-                self._step(0)
-        finally:
-            self._state.release()
-
-    def _step(self, timeout: float) -> None:
-        """Hand out work, wait at most `timeout` for results, and take them in."""
-        self._hand_out()
-        if timeout:
-            self._poll(timeout)
-            self._check_open()
-        for process in self._processes:
-            for job in process.receive():
-                self._settle(job)
-            for job in process.expire(time.monotonic()):
-                self._settle(job)
-        self._hand_out()
-
-    def _poll(self, timeout: float) -> None:
-        """Wait, without the lock, until a process has something to say or its time is over."""
-        deadlines = [process.deadline for process in self._processes if not process.idle]
-        until = min([*deadlines, time.monotonic() + timeout]) - time.monotonic()
-        poller = select.poll()
-        for process in self._processes:
-            poller.register(process.socket, select.POLLIN)
-        self._polling = True
-        self._state.release()
-        try:
-            poller.poll(max(0, ceil(until * 1000)))
-        finally:
-            self._state.acquire()
-            self._polling = False
-            self._state.notify_all()
-
-    def _hand_out(self) -> None:
-        """Give queued jobs to idle processes; start processes as long as there are too few."""
-        for process in self._processes:
-            if not self._next_job():
-                break
-            if process.idle:
-                process.receive()  # it may have died since
-            if process.idle:
-                process.hand(self._queue.popleft())
-        for process in [process for process in self._processes if process.ended]:
-            self._processes.remove(process)
-            self._failed_starts = 0 if process.generation else self._failed_starts + 1
-            if self._failed_starts >= MAX_FAILED_STARTS:
-                self._failed_starts = 0
-                raise RuntimeError(
-                    f"a verifier process ended {MAX_FAILED_STARTS} times before it was ready; its "
-                    "standard error says why, or it was killed (memory, a limit on processes)"
-                )
-        if not self._next_job():
-            return
-        coming = sum(process.job is None for process in self._processes)
-        for _ in range(min(len(self._queue) - coming, self.workers - len(self._processes))):
-            self._processes.append(Process(self.limit, self.memory_limit, self.counters))
-
-    def _next_job(self) -> bool:
-        """Whether a job is queued, after dropping those in front that nobody waits for any more."""
-        while self._queue and not self._queue[0].waiters:
-            self._in_flight.pop(self._queue.popleft().comparison, None)
-        return bool(self._queue)
-
-    def _settle(self, job: Job) -> None:
-        """Remember a job's result, but not that a process died: others may have killed it."""
-        assert job.result is not None
-        self._in_flight.pop(job.comparison, None)
-        if not job.lost and self.cache.takes(job.comparison):
-            self.cache.put(job.comparison, job.result)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError("the VerifierPool is closed; make another")
-
-    def _after_fork(self) -> None:
-        """In a forked copy: forget the parent's processes, and queue again what they were doing."""
-        for process in self._processes:
-            if process.job is not None:
-                self._queue.appendleft(process.job)
-            process.forget()
-        self._processes.clear()
-        self._polling = False
-        self._state = threading.Condition(threading.Lock())  # another thread may have held it
-
 
 def _decide_early(comparison: Comparison) -> Result | None:
     early = MATCHERS[comparison.matcher].early
@@ -401,19 +232,6 @@ def _decide_early(comparison: Comparison) -> Result | None:
     return None if score is None else Result(score)
 
 
-def _end_all(processes: list[Process]) -> None:
-    while processes:
-        processes.pop().end()
-
-
-def _forget_all() -> None:
-    for pool in list(_POOLS):
-        pool._after_fork()
-
-
-_POOLS: weakref.WeakSet[VerifierPool] = weakref.WeakSet()
-if os.name == "posix":
-    os.register_at_fork(after_in_child=_forget_all)
 _SHARED = VerifierPool()
 
 
