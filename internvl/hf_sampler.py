@@ -7,7 +7,7 @@ same noise and, from the same float32 weights, nearly always the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,14 +26,16 @@ from internvl.chat import (
     normalize_tiles,
 )
 from internvl.checkpoint import DTYPES, refuse_unmatched
-from internvl.errors import UserError
+from internvl.errors import DataError, UserError
 from internvl.packing import position_tensor
 from internvl.positions import checkpoint_step, token_positions
 from internvl.sampler import (
+    Answer,
     Completion,
     SampleRequest,
     SamplingConfig,
     check_request,
+    collect,
     context_length,
     first_seed,
     matching,
@@ -83,6 +85,7 @@ class TransformersSampler:
         self._model = _load(model, DTYPES[dtype]).to(self._device).eval()
         text_config = self._model.config.text_config
         self._forbidden = forbidden_token_ids(self._processor, text_config.vocab_size)
+        self._control = (*self._forbidden, self._eos)
         self._position_step = checkpoint_step(self._model.config.to_dict())
         context = text_config.max_position_embeddings
         self._max_model_len = context_length(max_model_len, context)
@@ -91,20 +94,32 @@ class TransformersSampler:
         self, requests: Sequence[SampleRequest], config: SamplingConfig, progress: bool = False
     ) -> list[list[Completion]]:
         """See `internvl.sampler.Sampler.sample`."""
-        from tqdm import tqdm
-
         for request in requests:
-            check_request(request, (*self._forbidden, self._eos))
+            check_request(request, self._control)
+        return collect(self.stream(requests, config), len(requests), progress=progress)
+
+    def stream(
+        self,
+        requests: Iterable[SampleRequest],
+        config: SamplingConfig,
+        *,
+        ahead: int | None = None,
+    ) -> Generator[Answer]:
+        """See `internvl.sampler.StreamSampler.stream`."""
         size = max(1, self._max_num_seqs // config.n)
-        results: list[list[Completion]] = []
-        with tqdm(
-            total=len(requests), desc="sampling", unit="question", disable=not progress
-        ) as bar:
-            for start in range(0, len(requests), size):
-                batch = requests[start : start + size]
-                results += self._sample_batch(batch, config)
-                bar.update(len(batch))
-        return results
+        if ahead:
+            size = min(size, ahead)
+        batch: list[tuple[int, SampleRequest, Prompt]] = []
+        for number, request in enumerate(requests):
+            try:
+                batch.append((number, request, self._prompt(request, config)))
+            except DataError as error:
+                yield number, error
+            if len(batch) == size:
+                yield from self._sample_batch(batch, config)
+                batch = []
+        if batch:
+            yield from self._sample_batch(batch, config)
 
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """See `internvl.sampler.Sampler.update_weights`."""
@@ -120,37 +135,42 @@ class TransformersSampler:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    @torch.inference_mode()
-    def _sample_batch(
-        self, requests: Sequence[SampleRequest], config: SamplingConfig
-    ) -> list[list[Completion]]:
-        """Sample all completions of a few requests together."""
-        prompts = [self._prompt(request, config) for request in requests]
-        rows = [
-            self._row(request, len(prompt.ids), sample, config)
-            for request, prompt in zip(requests, prompts, strict=True)
-            for sample in range(config.n)
-        ]
-        self._decode(rows, config, *self._prefill(prompts, config.n))
-        done = [self._completion(row) for row in rows]
-        return [done[start : start + config.n] for start in range(0, len(done), config.n)]
-
     def _prompt(self, request: SampleRequest, config: SamplingConfig) -> Prompt:
-        """A request's prompt, its started reply included."""
+        """A request's prompt, its started reply included; `DataError` where it leaves no room."""
+        check_request(request, self._control)
         prompt = encode_prompt(
             *(self._processor, request.question, list(request.images)),
             request.budget(config.max_tiles),
             request.system,
         )
         prompt.ids += request.started
+        if len(prompt.ids) >= self._max_model_len:
+            raise too_long(request, len(prompt.ids), self._max_model_len)
         return prompt
+
+    @torch.inference_mode()
+    def _sample_batch(
+        self, batch: Sequence[tuple[int, SampleRequest, Prompt]], config: SamplingConfig
+    ) -> list[Answer]:
+        """Sample all completions of a few requests, given with their numbers, together."""
+        prompts = [prompt for _, _, prompt in batch]
+        rows = [
+            self._row(request, len(prompt.ids), sample, config)
+            for _, request, prompt in batch
+            for sample in range(config.n)
+        ]
+        self._decode(rows, config, *self._prefill(prompts, config.n))
+        done = [self._completion(row) for row in rows]
+        starts = range(0, len(done), config.n)
+        return [
+            (number, done[start : start + config.n])
+            for (number, _, _), start in zip(batch, starts, strict=True)
+        ]
 
     def _row(
         self, request: SampleRequest, length: int, sample: int, config: SamplingConfig
     ) -> _Row:
-        """A row with its own generator, or `DataError` where the prompt leaves no room."""
-        if length >= self._max_model_len:
-            raise too_long(request, length, self._max_model_len)
+        """A row with its own generator, for a prompt of `length` tokens."""
         generator = torch.Generator(self._device)
         generator.manual_seed(first_seed(self._seed, request.seed) + sample)
         return _Row(generator, min(config.max_tokens, self._max_model_len - length))

@@ -15,8 +15,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -157,6 +157,31 @@ class Sampler(Protocol):
         ...
 
 
+# A request's number, and its completions or why it has none.
+Answer = tuple[int, list[Completion] | DataError]
+
+
+class StreamSampler(Sampler, Protocol):
+    """A sampler that takes requests as it has room for them, and answers them as they are done."""
+
+    def stream(
+        self,
+        requests: Iterable[SampleRequest],
+        config: SamplingConfig,
+        *,
+        ahead: int | None = None,
+    ) -> Generator[Answer]:
+        """Yield (number of the request, its completions) in the order in which they are done.
+
+        The completions are those of `sample`. A request that cannot be answered (an image that
+        cannot be decoded, a prompt that is too long) yields its `DataError` and the others go on.
+        ahead: no request is taken that is so many behind the oldest one without an answer, so that
+        who puts them into order holds no more. Close the generator to stop: nothing runs on.
+        torch's global generator may have moved afterwards.
+        """
+        ...
+
+
 def open_sampler(
     model: str | Path,
     *,
@@ -166,7 +191,7 @@ def open_sampler(
     max_num_seqs: int = 256,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     gpu_memory_utilization: float | None = None,
-) -> Sampler:
+) -> StreamSampler:
     """Open a checkpoint folder (HF-native layout) for sampling.
 
     backend: "auto" is vLLM where it can be imported and can serve the checkpoint, else
@@ -237,6 +262,23 @@ def first_seed(sampler_seed: int, request_seed: int) -> int:
     """
     digest = hashlib.sha256(f"{sampler_seed} {request_seed}".encode()).digest()
     return int.from_bytes(digest[:6], "big") * MAX_SAMPLES
+
+
+def collect(
+    answers: Generator[Answer], total: int, *, progress: bool = False
+) -> list[list[Completion]]:
+    """All answers of a stream in the order of their `total` requests; raises its first error."""
+    from tqdm import tqdm
+
+    results: list[list[Completion]] = [[] for _ in range(total)]
+    bar = tqdm(total=total, desc="sampling", unit="question", disable=not progress)
+    with closing(answers), bar:
+        for number, answer in answers:
+            if isinstance(answer, DataError):
+                raise answer
+            results[number] = answer
+            bar.update()
+    return results
 
 
 def check_request(request: SampleRequest, control: Collection[int] | None = None) -> None:

@@ -19,8 +19,7 @@ from __future__ import annotations
 import gc
 import os
 import warnings
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +32,14 @@ from internvl.chat import (
     render_prompt,
     tile_settings,
 )
-from internvl.errors import UserError
+from internvl.errors import DataError, UserError
 from internvl.sampler import (
+    Answer,
     Completion,
     SampleRequest,
     SamplingConfig,
     check_request,
+    collect,
     context_length,
     first_seed,
     matching,
@@ -82,6 +83,7 @@ class VLLMSampler:
         self._eos = eos_token_id(self._processor)
         self._shapes, self._tied, text_config = _describe(model)
         self._forbidden = forbidden_token_ids(self._processor, text_config.vocab_size)
+        self._control = (*self._forbidden, self._eos)
         context = text_config.max_position_embeddings
         self._max_model_len = context_length(max_model_len, context)
         self._next_id = 0
@@ -101,30 +103,42 @@ class VLLMSampler:
         self, requests: Sequence[SampleRequest], config: SamplingConfig, progress: bool = False
     ) -> list[list[Completion]]:
         """See `internvl.sampler.Sampler.sample`."""
-        from tqdm import tqdm
-
         for request in requests:
-            check_request(request, (*self._forbidden, self._eos))
+            check_request(request, self._control)
+        with random_state_kept():
+            return collect(self.stream(requests, config), len(requests), progress=progress)
+
+    def stream(
+        self,
+        requests: Iterable[SampleRequest],
+        config: SamplingConfig,
+        *,
+        ahead: int | None = None,
+    ) -> Generator[Answer]:
+        """See `internvl.sampler.StreamSampler.stream`."""
         # Enough waiting requests to keep the engine full, and no more: each holds its pixels.
         in_flight = -(-2 * self._max_num_seqs // config.n)
         engine = self._llm.llm_engine
-        waiting, running = deque(enumerate(requests)), dict[str, int]()
-        results: list[list[Completion]] = [[] for _ in requests]
-        bar = tqdm(total=len(requests), desc="sampling", unit="question", disable=not progress)
+        waiting, running = enumerate(requests), dict[str, int]()  # in the order of their numbers
+        upcoming = next(waiting, None)
         try:
-            with random_state_kept(), bar:
-                while waiting or running:
-                    while waiting and len(running) < in_flight:
-                        index, request = waiting.popleft()
-                        running[self._enqueue(request, config)] = index
-                    for output in engine.step():
-                        if output.finished:
-                            results[running.pop(output.request_id)] = self._completions(output)
-                            bar.update()
+            while upcoming or running:
+                while upcoming and len(running) < in_flight:
+                    number, request = upcoming
+                    if ahead and running and number - next(iter(running.values())) >= ahead:
+                        break
+                    try:
+                        check_request(request, self._control)
+                        running[self._enqueue(request, config)] = number
+                    except DataError as error:
+                        yield number, error
+                    upcoming = next(waiting, None)
+                for output in engine.step() if running else ():
+                    if output.finished:
+                        yield running.pop(output.request_id), self._completions(output)
         finally:
             if running:  # an error or an interrupt: what is left must not run into the next call
                 engine.abort_request(list(running))
-        return results
 
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """See `internvl.sampler.Sampler.update_weights`."""
