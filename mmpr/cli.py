@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from internvl.terminal import command_parser, run_command
-from mmpr.commands import pair, sample, select, stats, verify
+from mmpr.commands import dropout, pair, sample, select, stats, verify, view
 
 _ABOUT = "Preference data for MPO and questions for online RL, from questions with gold answers."
 _EXAMPLE = """\
@@ -33,7 +33,15 @@ the output), and more of them than --max-bad stop the command.
 `mmpr COMMAND --help` tells the rest. An error is one line, with exit code 2."""
 
 
-_COMMANDS = (sample.COMMAND, verify.COMMAND, pair.COMMAND, select.COMMAND, stats.COMMAND)
+_COMMANDS = (
+    sample.COMMAND,
+    verify.COMMAND,
+    pair.COMMAND,
+    dropout.COMMAND,
+    select.COMMAND,
+    stats.COMMAND,
+    view.COMMAND,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

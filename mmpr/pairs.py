@@ -7,7 +7,11 @@
 Within one question; at most `max_pairs` of them, each completion used as evenly as possible. A
 pair is skipped when the correct answer stands, as whole words, in the rejected answer: "5" in
 "5 apples" may be right after all. ("5" in "15" is no such case: the published scripts compare
-bare substrings.) What cannot be judged is never in a pair.
+bare substrings.) What cannot be judged is never in a pair. The same pair of another question (two
+ids with one image and text) is written once.
+
+With `balance_length` the pairs that are taken, where there is a choice, are those of like length: a
+longer reply is not a better one, and a policy that sees mostly longer ones chosen learns to go on.
 """
 
 from __future__ import annotations
@@ -16,16 +20,22 @@ import math
 import random
 import re
 import unicodedata
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 from internvl.errors import UserError
 from mmpr.groups import JUDGED, group_by_question
 from mmpr.hashing import stable_hash
 
-_OF_THE_PROMPT = ("image", "video", "num_frames", "max_tiles", "system")  # besides the question
+LENGTH_RATIOS = (
+    "below 0.5", "0.5-0.67", "0.67-0.8", "0.8-1", "1-1.25", "1.25-1.5", "1.5-2", "2 and more",
+)  # fmt: skip
+_RATIO_EDGES = (0.5, 2 / 3, 0.8, 1.0, 1.25, 1.5, 2.0)
+OF_THE_PROMPT = ("image", "video", "num_frames", "max_tiles", "system")  # besides the question
 
 
 @dataclass(frozen=True)
@@ -33,12 +43,14 @@ class PairConfig:
     """How pairs are made.
 
     max_pairs: per question (MMPR: 15, or 3 where there is plenty). format_negatives: whether
-    format pairs are made; max_format_share: of all pairs, in [0, 1]. seed: of the draw.
+    format pairs are made; max_format_share: of all pairs, in [0, 1]. balance_length: prefer pairs
+    of like length. seed: of the draw.
     """
 
     max_pairs: int = 15
     format_negatives: bool = True
     max_format_share: float = 0.5
+    balance_length: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -53,7 +65,8 @@ class PairReport:
     """What became of the questions and of the candidate pairs.
 
     without_pairs: questions that gave no pair, by reason. left_out: completions and candidate
-    pairs left out, by reason. chosen_chars, rejected_chars: summed over the pairs.
+    pairs left out, by reason. chosen_chars, rejected_chars: summed over the pairs. differences:
+    pairs by the chosen reply's length in that of the rejected one (`LENGTH_RATIOS`).
     """
 
     questions: int = 0
@@ -65,6 +78,17 @@ class PairReport:
     chosen_chars: int = 0
     rejected_chars: int = 0
     chosen_longer: int = 0
+    differences: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LENGTH_RATIOS, 0))
+
+    def add(self, pair: dict[str, Any]) -> None:
+        """Count one pair that is written."""
+        chosen, rejected = len(pair["chosen"]), len(pair["rejected"])
+        self.correctness += pair["kind"] == "correctness"
+        self.format += pair["kind"] == "format"
+        self.chosen_chars += chosen
+        self.rejected_chars += rejected
+        self.chosen_longer += chosen > rejected
+        self.differences[length_ratio(chosen, rejected)] += 1
 
     @property
     def pairs(self) -> int:
@@ -85,7 +109,17 @@ class PairReport:
             "mean_chosen_chars": self.chosen_chars / pairs,
             "mean_rejected_chars": self.rejected_chars / pairs,
             "share_chosen_longer": self.chosen_longer / pairs,
+            "chosen_over_rejected_length": dict(self.differences),
         }
+
+
+def length_ratio(chosen: int, rejected: int) -> str:
+    """The bucket of `LENGTH_RATIOS` for two lengths; a bucket holds its lower edge.
+
+    >>> length_ratio(99, 100), length_ratio(100, 100), length_ratio(300, 100)
+    ('0.8-1', '1-1.25', '2 and more')
+    """
+    return LENGTH_RATIOS[bisect_right(_RATIO_EDGES, chosen / rejected)]
 
 
 def _plain(text: str) -> str:
@@ -171,6 +205,32 @@ def even_pairs(
         yield positives[step % len(positives)], negatives[(step + shift) % len(negatives)]
 
 
+def like_pairs(
+    positives: list[dict[str, Any]], negatives: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every (positive, negative) once: first those least used so far, then those of like length.
+
+    Of two lengths the ratio counts; where that is equal too, the order of the lists.
+    """
+    uses = [[0] * len(positives), [0] * len(negatives)]
+
+    def rank(p: int, n: int) -> tuple[int, int, float]:
+        lengths = [len(item["completion"]) for item in (positives[p], negatives[n])]
+        used = (uses[0][p], uses[1][n])
+        return max(used), sum(used), max(lengths) / min(lengths)
+
+    waiting = [(rank(p, n), p, n) for p in range(len(positives)) for n in range(len(negatives))]
+    heapify(waiting)
+    while waiting:
+        found, p, n = heappop(waiting)
+        if (now := rank(p, n)) != found:  # used since it was laid down
+            heappush(waiting, (now, p, n))
+            continue
+        uses[0][p] += 1
+        uses[1][n] += 1
+        yield positives[p], negatives[n]
+
+
 def _golds(verdict: dict[str, Any]) -> list[str]:
     answer = verdict["answer"]
     return [answer] if isinstance(answer, str) else list(answer)
@@ -180,7 +240,7 @@ def _pair(
     chosen: dict[str, Any], rejected: dict[str, Any], number: int, kind: str
 ) -> dict[str, Any]:
     """One line of MMPR; `kind` (correctness or format) is ours, and readers pass it through."""
-    shared = {name: chosen[name] for name in _OF_THE_PROMPT if chosen.get(name) is not None}
+    shared = {name: chosen[name] for name in OF_THE_PROMPT if chosen.get(name) is not None}
     return {
         "id": f"{chosen['id']}-{number}",
         **shared,
@@ -203,8 +263,9 @@ def question_pairs(
     rng = random.Random(stable_hash(config.seed, verdicts[0]["id"]))
     for group in (found.positives, found.wrong, found.unanswered):
         rng.shuffle(group)
+    combine = like_pairs if config.balance_length else even_pairs
     pairs: list[dict[str, Any]] = []
-    for chosen, rejected in even_pairs(found.positives, found.wrong):
+    for chosen, rejected in combine(found.positives, found.wrong):
         answers = [chosen["extracted"], *_golds(chosen)]
         if any(contains_answer(rejected["extracted"], answer) for answer in answers):
             report.left_out["the correct answer stands in the wrong one"] += 1
@@ -213,7 +274,7 @@ def question_pairs(
         else:
             pairs.append(_pair(chosen, rejected, len(pairs), "correctness"))
     if config.format_negatives:
-        for chosen, rejected in even_pairs(found.positives, found.unanswered):
+        for chosen, rejected in combine(found.positives, found.unanswered):
             if len(pairs) == config.max_pairs:
                 report.left_out["over the pairs per question"] += 1
             else:
@@ -241,17 +302,37 @@ def _hold_format_share(
     return [pair for pair in pairs if pair["id"] not in dropped]
 
 
+def _drop_repeated(pairs: list[dict[str, Any]], report: PairReport) -> list[dict[str, Any]]:
+    """The pairs without those that say what one before them says, under another id."""
+    seen: set[int] = set()
+    kept = []
+    for pair in pairs:
+        parts = [pair.get(name) for name in (*OF_THE_PROMPT, "question", "chosen", "rejected")]
+        text = stable_hash(*parts)
+        if text in seen:
+            report.left_out["the same pair as another question's"] += 1
+            continue
+        seen.add(text)
+        kept.append(pair)
+    return kept
+
+
 def build_pairs(
     verdicts: Iterable[dict[str, Any]], config: PairConfig
 ) -> tuple[list[dict[str, Any]], PairReport]:
     """Preference pairs (MMPR records) from verdict records, and the report on them.
 
     The same verdicts and seed give the same pairs; a question's correctness pairs do not depend on
-    the other questions.
+    the other questions, but for pairs that another one gives as well.
     """
     report = PairReport()
     groups = group_by_question(verdicts)
     drawn = [pair for group in groups.values() for pair in question_pairs(group, config, report)]
+    before = {pair["id"].rpartition("-")[0] for pair in drawn}
+    drawn = _drop_repeated(drawn, report)
+    repeated = len(before) - len({pair["id"].rpartition("-")[0] for pair in drawn})
+    if repeated:
+        report.without_pairs["only pairs that another question gives"] += repeated
     pairs = _hold_format_share(drawn, config, report)
     report.questions = len(groups)
     report.questions_with_pairs = len({pair["id"].rpartition("-")[0] for pair in pairs})
@@ -259,9 +340,5 @@ def build_pairs(
     if only_dropped:
         report.without_pairs["only format pairs, over their share"] += only_dropped
     for pair in pairs:
-        report.correctness += pair["kind"] == "correctness"
-        report.format += pair["kind"] == "format"
-        report.chosen_chars += len(pair["chosen"])
-        report.rejected_chars += len(pair["rejected"])
-        report.chosen_longer += len(pair["chosen"]) > len(pair["rejected"])
+        report.add(pair)
     return pairs, report
