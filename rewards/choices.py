@@ -216,16 +216,3 @@ def match_choice(prediction: str, gold: str, options: Options = None) -> float:
             )
         given = _letters(prediction)
     return float(given == wanted)
-
-
-def options_in(question: str) -> list[str] | None:
-    r"""The options that a question lists, one a line, from A on; None where it lists none.
-
-    >>> options_in("Which city?\nA. Paris\nB. London")
-    ['Paris', 'London']
-    """
-    found = re.findall(r"^[ \t]*[(（]?([A-Z])[)）.:：、]{1,2}[ \t]*(\S.*)$", question, re.MULTILINE)
-    letters = "".join(letter for letter, _ in found)
-    if len(found) < 2 or not "ABCDEFGHIJKLMNOPQRSTUVWXYZ".startswith(letters):
-        return None
-    return [text.strip() for _, text in found]

@@ -5,43 +5,45 @@ r"""The final answer of a completion, and whether the completion kept to the for
     boxed    "... put your final answer within \boxed{}"             \boxed{\frac{1}{2}}
     r1       "<think> reasoning </think>, then the boxed answer"     the box after </think>
     letter   "Answer with the option's letter"                       B · (B) · B. · The answer is B
-    auto     not known: the last "Final answer:" or \boxed{} wins, then a closing "the answer
-             is ..", then a completion that is nothing but an option letter
+    short    "Answer with a word or a phrase"                        the whole completion
+    box      a place in the picture                                  <box>[[1, 2, 3, 4]]</box>
+    auto     not known: the last "Final answer:" or \boxed{} wins, then the last "the answer is ..",
+             then a completion that is nothing but an option's letter or a short answer
 
 Two findings are kept apart. `text` is the answer, wherever it could be read. `format_ok` says that
 a style was followed as asked: one final answer (not several), nothing of substance after it, a
 closed <think>. So a rambling completion can be correct and still not be a good example to learn
-from. Text inside <think>..</think> never counts as an answer.
+from. Text inside <think>..</think> never counts as an answer. Neither finding changes with space
+or markdown around the completion or around the answer.
+
+All of it is linear in the completion's length: it runs in the caller's process, without a clock.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rewards.markup import brace_end, clean
+from rewards.answers import (
+    MAX_ANSWER,
+    answer_after,
+    boxes_opened,
+    bracket_end,
+    has_more,
+    has_verb,
+    last_box,
+    peel,
+    peel_line,
+    readable,
+)
+from rewards.phrases import said
+from rewards.places import coordinates_only, tagged_places
+from rewards.thinking import after_think, in_answer_tag
 
-Style = Literal["final", "boxed", "r1", "letter", "prose", "none"]
+Style = Literal["final", "boxed", "r1", "letter", "short", "box", "prose", "none"]
 STYLES = ("auto", "final", "boxed", "r1", "letter", "short", "box")
-
-# The marker may be bold or a heading ("**Final Answer:** 9"), its colon half or full width.
-_MARKER = re.compile(
-    r"(?:final\s{1,3}answer|(?:最终|最后的?|正确)?答案)\s{0,3}(?:\*{1,2}\s{0,3})?[:：]|(?:最终|正确)?答案[是为]",
-    re.IGNORECASE,
-)
-_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,3}\{")
-# "the answer is 9"; "the correct option is (B)", "故选 B" (an option must go with its letter)
-_PROSE = re.compile(
-    r"\banswer\s{1,3}(?:is|would be)\s{0,3}[:：]?|\banswer\s{0,3}[:：]"
-    r"|\b(?:option|choice)\s{1,3}(?:is|would be)\s{0,3}[:：]?(?=\s{0,3}[(\[*]{0,3}[A-Z]\b)"
-    r"|(?:答案|选项|选择?)\s{0,3}[:：]?(?=\s{0,3}[(（\[*]{0,3}[A-Z](?![A-Za-z]))",
-    re.IGNORECASE,
-)
-_PROSE_LETTER = re.compile(r"[(\[（*]{0,3}([A-Z])(?:[)\]）*]{1,3}|(?=[.。,，:：;]|\s|$))(?=\W|$)")
-_LETTER = re.compile(r"[(\[（]?([A-Z])[)\]）]?[.。:：,，]?")
-_LETTER_THEN_TEXT = re.compile(r"\(?[A-Z](?:\)[.:]?|[.:：、])\s{0,3}\S.*")
-_CLOSERS = " \t\r\n*_`.。$"  # what may stand after an answer without being more text
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class Extraction:
     """What was read from one completion.
 
     text: the final answer without markdown and closing punctuation, None where there is none.
-    style: where it was found ("prose": "the answer is ..", which no prompt style asks for).
-    format_ok: a prompt style was followed as asked. fault: why it was not, or why nothing was read.
+    style: where it was found ("prose": "the answer is ..", which no prompt style asks for; "short":
+    the completion is nothing but the answer). format_ok: a prompt style was followed as asked.
+    fault: why it was not, or why nothing was read, in one sentence.
     """
 
     text: str | None
@@ -59,7 +62,21 @@ class Extraction:
     fault: str | None = field(default=None, compare=False, repr=False)
 
 
-NOTHING = Extraction(None, "none", False)
+NO_ANSWER = "no final answer"
+UNMARKED = "the completion is an answer, but no final answer was marked"
+TWO = "two final answers"
+MORE = "text after the final answer"
+IN_A_SENTENCE = "the answer stands in a sentence, not after 'Final answer:'"
+
+
+def nothing(fault: str = NO_ANSWER) -> Extraction:
+    """The finding that there is no answer."""
+    return Extraction(None, "none", False, fault)
+
+
+def found_at(text: str, style: Style, fault: str | None) -> Extraction:
+    """An answer; the format was followed unless there is a fault."""
+    return Extraction(text, style, fault is None, fault)
 
 
 def extract(completion: str, style: str = "auto") -> Extraction:
@@ -74,152 +91,300 @@ def extract(completion: str, style: str = "auto") -> Extraction:
     """
     if style not in STYLES:
         raise ValueError(f"style {style!r} is unknown; one of: {', '.join(STYLES)}")
-    if style in ("short", "box"):
-        return Extraction(clean(completion) or None, "prose", format_ok=bool(clean(completion)))
-    if style == "letter":
-        return _letter(_after_think(completion) or "", anywhere=True)
-    if style == "final":
-        return _final(_after_think(completion) or "")
-    if style == "boxed":
-        return _boxed(_after_think(completion) or "")
-    if style == "r1" or "<think>" in completion or "</think>" in completion:
-        return _r1(completion, strict_box=style == "r1")
-    return _auto(completion)
+    text = readable(completion)
+    low = _lower(text)
+    thought, fault = False, None
+    if "think" in low and "<" in low:
+        rest, fault = after_think(text)
+        if rest is None:
+            return nothing(fault or NO_ANSWER)
+        thought = rest is not text
+        text, low = rest, _lower(rest)
+    if style == "r1" or (style == "auto" and thought):
+        if not thought:
+            fault = "no <think> .. </think> before the answer, as style r1 asks"
+        return _r1(text, low, fault, strict=style == "r1")
+    if "<answer" in low and (tagged := in_answer_tag(text)):
+        if style == "auto":
+            found = _tagged(*tagged)
+            fault = found.fault or "<answer> without <think> before it"
+            return found if found.text is None else found_at(found.text, "prose", fault)
+        text = tagged[0].strip()
+        low = _lower(text)
+    return _READERS[style](text, low)
 
 
-def _after_think(completion: str) -> str | None:
-    """The text after the last </think>; None while the thinking was never closed."""
-    if "</think>" in completion:
-        rest = completion.rpartition("</think>")[2]
-        return None if "<think>" in rest else rest
-    return None if "<think>" in completion else completion
+def _lower(text: str) -> str:
+    """The text in lower case, each character in its place (İ alone would become two)."""
+    if not text.isascii() and "İ" in text:
+        text = text.replace("İ", "i")
+    return text.lower()
 
 
-_MAX_OPEN_BOXES = 8  # each unclosed box costs a scan of the rest: hostile input stays linear
+# Thinking first
 
 
-def _boxes(text: str) -> list[tuple[int, int, str]]:
-    r"""(start, end, content) of each complete, outermost \boxed{} of a text."""
-    found = []
-    position = unclosed = 0
-    while unclosed < _MAX_OPEN_BOXES and (opening := _BOX.search(text, position)):
-        end = brace_end(text, opening.end())
-        if end is None:
-            unclosed += 1
-            position = opening.end()
-            continue
-        found.append((opening.start(), end, text[opening.end() : end - 1]))
-        position = end
+def _r1(text: str, low: str, fault: str | None, *, strict: bool) -> Extraction:
+    """The answer after the thinking; strict: style r1 was asked for, so it must be boxed.
+
+    An answer in <answer> .. </answer> is as good: DeepSeek-R1's own template asks for it.
+    """
+    tagged = in_answer_tag(text) if "<answer" in low else None
+    if tagged:
+        found = _tagged(*tagged)
+    else:
+        found = _boxed(text, low) if strict else _auto(text, low)
+        if found.text is None and strict:
+            found = _auto(text, low)
+            fault = fault or "the answer is not boxed, as style r1 asks"
+    return found if found.text is None else found_at(found.text, "r1", fault or found.fault)
+
+
+def _tagged(inner: str, tail: str, closed: bool) -> Extraction:
+    """The answer that <answer> .. </answer> holds; it may be marked or boxed in there."""
+    inner = inner.strip()
+    found = _marked(inner, _lower(inner))
+    answer = found.text if found.text is not None else peel_line(inner)
+    if not answer:
+        return nothing("<answer> holds nothing")
+    fault = (MORE if has_more(tail) else None) if closed else "<answer> is never closed"
+    return found_at(answer, "prose", fault)
+
+
+# Marked answers: "Final answer:" and boxes
+
+# The marker may be bold or a heading ("**Final Answer** \n 9"), its colon half or full width.
+# or a line of its own. Both patterns begin with plain text: that is what makes them fast.
+_FINAL = re.compile(
+    r"final[\s*_]{1,4}answers?(?:(?:\s{0,2}\([^()\n]{0,30}\))?(?:\s{1,3}is)?[\s*_`]{0,4}[:：=]"
+    r"|(?P<heading>[ \t*_#`.]{0,6}(?=\n)))"
+)
+_FINAL_CN = re.compile(
+    r"答案(?:[\s*_`]{0,4}(?:应?[是为])?[\s*_`]{0,3}[:：=]|】[:：]?"
+    r"|(?P<heading>[ \t*_#`]{0,6}(?=\n)))"
+)
+_BEFORE_HEADING = re.compile(
+    r"[ \t>#*_`-]*(?:(?:step )?\d{1,2}[.:)] ?)?[*_]*(?:the |最终|最終|最后的?|正确)?"
+)
+_HASHES = re.compile(r"#{4}[ \t]{0,3}([-+$€£]?\d[\d,./]{0,30}%?)[ \t*_`]{0,4}(?=\n|$)")
+_LETTER_AND_TEXT = re.compile(r"(\(?[A-Z]\)?)\s?[(（][^()（）]{1,200}[)）]")
+_MAX_EMPTY_MARKERS = 16
+
+
+def _marked(text: str, low: str, *, boxes: bool = True) -> Extraction:
+    """The answer after the last marker, or in the last box where that comes later.
+
+    boxes: a box that stands apart from the marker's answer counts (it does unless the prompt asked
+    for the marker).
+    """
+    marks = [m.span() for m in _FINAL.finditer(low) if _is_mark(m)] if "final" in low else []
+    if "答案" in low:
+        marks = sorted([*marks, *(m.span() for m in _FINAL_CN.finditer(low) if _is_mark(m))])
+    box = last_box(text) if "\\boxed" in text or "\\fbox" in text else None
+    if not marks:
+        return _boxed(text, low) if boxes and box else nothing()
+    stop = len(text)
+    for start, end in reversed(marks[-_MAX_EMPTY_MARKERS:]):
+        inside = box is not None and end <= box[0] < stop
+        apart = inside and box is not None and _stands_apart(text[end : box[0]])
+        if box is not None and inside and apart and boxes:
+            return found_at(peel(box[2]), "boxed", TWO)
+        if box is not None and inside and not apart:
+            answer, more = peel(box[2]), has_more(text[box[1] : stop])
+            several = boxes_opened(text[end:stop]) > 1
+        else:
+            answer, more = answer_after(text[end:stop])
+            several = False
+        if answer:
+            fault = TWO if len(marks) > 1 or several else MORE if more else None
+            return found_at(_bare_letter(answer), "final", fault)
+        stop = start
+    found = _boxed(text, low) if boxes else nothing()
+    return found if found.text is not None else nothing("nothing follows the final answer's marker")
+
+
+def _is_mark(mark: re.Match[str]) -> bool:
+    """Whether a marker without a colon has its line to itself."""
+    if mark["heading"] is None:
+        return True
+    line = mark.string[max(0, mark.start() - 24) : mark.start()].rpartition("\n")
+    if mark.start() > 24 and not line[1]:
+        return False
+    return _BEFORE_HEADING.fullmatch(line[2]) is not None
+
+
+def _bare_letter(answer: str) -> str:
+    """ "B" of "B (red)"; any other answer as it is."""
+    if answer[-1] in ")）" and (found := _LETTER_AND_TEXT.fullmatch(answer)):
+        return found[1]
+    return answer
+
+
+def _stands_apart(between: str) -> bool:
+    """Whether a box is an answer of its own, by the text between the marker and it."""
+    between = between.strip(" \t\n*$")
+    return "\n" in between and not between.endswith((":", "：", "=", " is", " are"))
+
+
+def _boxed(text: str, low: str) -> Extraction:
+    if "\\boxed" not in text and "\\fbox" not in text:
+        return nothing("nothing is boxed, as style boxed asks")
+    box = last_box(text)
+    answer = peel(box[2]) if box else ""
+    if not answer:
+        return nothing("the box is empty or never closed")
+    return found_at(answer, "boxed", TWO if boxes_opened(text) > 1 else None)
+
+
+def _final(text: str, low: str) -> Extraction:
+    found = _marked(text, low, boxes=False)
+    if found.text is None and (phrase := said(text, low, final=True)):
+        return found_at(phrase.text, "final", MORE if phrase.more else None)
     return found
 
 
-def _boxed(text: str) -> Extraction:
-    boxes = _boxes(text)
-    if not boxes:
-        return NOTHING
-    answer = clean(boxes[-1][2])
-    if not answer:
-        return NOTHING
-    opened = len(_BOX.findall(text))
-    return Extraction(answer, "boxed", format_ok=opened == 1)
+# Answers without a marker
+
+_LETTER = re.compile(r"[(\[（]?([A-Z])[)\]）]?[.。:：,，]?")
+_LETTER_THEN_TEXT = re.compile(
+    r"\(?[A-J](?:\)[.:]?|[.:：、])\s{0,3}(?!(?:is|was|are|can|cannot|does|has|and|or|would)\b)\S.*"
+)
+_LONGEST_LETTER = 300  # characters of an option with its text
+_BARE = re.compile(
+    r"[-+−~≈]?\s?[$€£¥]?\d[\d,.]{0,20}(?:\s?[/:×xX-]\s?\d[\d,.]{0,20}){0,3}"  # 42 · 3/4 · 3:4
+    r"(?:\s?%|\s?[°$€£¥℃]?[CFKk]?|\s?[^\W\d_]{1,15}(?:[/^][\w^-]{1,6}|[²³])?"
+    r"|\s(?:square|cubic|sq|degrees?|million|billion|thousand|hundred|percentage|per|US)"
+    r"\.?\s[^\W\d_]{1,15})"
+    r"|[\w.,:/%+$€£¥°'’&^\\{}()=<>|-]{1,40}"  # one word: Paris · 2019-05-01 · \frac{1}{2}
+)
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+_CJK_PHRASE = re.compile(r"答案|\w是\w|无法|不能")
+_LONGEST_CJK_WORD = 4  # characters without a space: five may be a sentence
 
 
-def _answer_line(rest: str) -> tuple[str, bool]:
-    """The answer after a marker, and whether anything of substance follows it."""
-    boxes = _boxes(rest)
-    if boxes:
-        tail = rest[boxes[-1][1] :]
-        return clean(boxes[-1][2]), bool(tail.strip(_CLOSERS + "\\)]"))
-    for opening, closing in (("$$", "$$"), ("\\[", "\\]")):
-        lead = rest.lstrip(" \t\r\n*")
-        if lead.startswith(opening) and closing in lead[2:]:
-            block, _, tail = lead[2:].partition(closing)
-            return clean(block), bool(tail.strip(_CLOSERS))
-    lines = rest.splitlines()
-    for index, line in enumerate(lines):
-        if line.strip(" \t*_`"):
-            return clean(line), bool("".join(lines[index + 1 :]).strip(_CLOSERS))
-    return "", False
+def _unmarked(core: str) -> Extraction:
+    """A completion that is nothing but an option's letter or a short answer."""
+    if _LETTER.fullmatch(core):
+        return found_at(core.strip("()[]（）.。:：,，"), "letter", None)
+    if len(core) <= _LONGEST_LETTER and _LETTER_THEN_TEXT.fullmatch(core):
+        return found_at(core, "letter", None)
+    if core[:1] in ("[", "{") and re.search(r"[\d,\"']", core) and bracket_end(core) == len(core):
+        return found_at(core, "short", UNMARKED)
+    if (
+        len(core) <= 80
+        and _BARE.fullmatch(core)
+        and has_more(core)
+        and core.count("{") == core.count("}")
+        and (core.isascii() or _is_word(core))
+    ):
+        return found_at(core, "short", UNMARKED)
+    return nothing()
 
 
-def _final(text: str) -> Extraction:
-    markers = list(_MARKER.finditer(text))
-    if not markers:
-        return NOTHING
-    answer, more = _answer_line(text[markers[-1].end() :])
-    if not answer:
-        return NOTHING
-    return Extraction(answer, "final", format_ok=len(markers) == 1 and not more)
+def _is_word(core: str) -> bool:
+    """Whether a text without spaces is a word, by its Chinese characters."""
+    return len(_CJK.findall(core)) <= _LONGEST_CJK_WORD and not _CJK_PHRASE.search(core)
 
 
-def _r1(completion: str, *, strict_box: bool) -> Extraction:
-    rest = _after_think(completion)
-    if rest is None:
-        return NOTHING
-    found = _boxed(rest)
+def _may_be_bare(text: str) -> bool:
+    """Whether a text is short enough to be nothing but an answer; a list may be longer."""
+    start = text[:16]
+    return len(text) <= _LONGEST_LETTER or (
+        len(text) <= MAX_ANSWER and ("[" in start or "{" in start)
+    )
+
+
+def _spoken(text: str, low: str, *, doubtful: bool) -> Extraction:
+    """An answer in a sentence; doubtful: also one such as "the answer is clear"."""
+    phrase = said(text, low)
+    if phrase is None or (phrase.doubtful and not doubtful):
+        return nothing()
+    if phrase.final or phrase.letter:
+        style: Style = "final" if phrase.final else "letter"
+        return found_at(phrase.text, style, MORE if phrase.more else None)
+    return found_at(phrase.text, "prose", IN_A_SENTENCE)
+
+
+def _auto(text: str, low: str) -> Extraction:
+    found = _marked(text, low)
+    if found.text is not None:
+        return found
+    spoken = _spoken(text, low, doubtful=False)
+    fault, found = found.fault, spoken
+    if (
+        found.text is None
+        and "####" in text
+        and (hashes := _HASHES.match(text, text.rfind("####")))
+    ):
+        found = found_at(hashes[1], "prose", "the answer stands after ####, as no style asks")
     if found.text is None:
-        found = _auto(rest)
-        if found.text is None:
-            return NOTHING
-        format_ok = found.format_ok and not strict_box
-    else:
-        format_ok = found.format_ok
-    one_block = completion.count("<think>") == 1 and completion.count("</think>") == 1
-    opens = completion.lstrip().startswith("<think>")
-    return Extraction(found.text, "r1", format_ok=format_ok and one_block and opens)
+        found = _unmarked(peel_line(text)) if _may_be_bare(text) else found
+    if found.text is None and (places := tagged_places(text)):
+        found = found_at(places[0], "box", UNMARKED)
+    if found.text is None and "nswer" in low:
+        found = _spoken(text, low, doubtful=True)
+    return found if found.text is not None else nothing(fault or NO_ANSWER)
 
 
-def _auto(text: str) -> Extraction:
-    marker = _last(_MARKER, text)
-    boxes = _boxes(text)
-    if marker is None:
-        return _boxed(text) if boxes else _letter(text, anywhere=False)
-    if boxes and _stands_apart(text, marker.end(), boxes[-1][0]):
-        found = _boxed(text)
-        return Extraction(found.text, found.style, format_ok=False)  # two answers, one was asked
-    found = _final(text)
-    return found if found.text is not None else _boxed(text)
+def _letter(text: str, low: str) -> Extraction:
+    """An option's letter: alone, marked, in a sentence, or in the first or the last line."""
+    found = _unmarked(peel_line(text)) if _may_be_bare(text) else nothing()
+    if found.style == "letter":
+        return found
+    for other in (_marked(text, low), _spoken(text, low, doubtful=False)):
+        if other.text is None:
+            continue
+        inner = _unmarked(other.text) if len(other.text) <= _LONGEST_LETTER else nothing()
+        if inner.text is None or inner.style != "letter":
+            return found_at(other.text, other.style, "the answer is no option's letter")
+        boxed = "the letter is boxed, as style letter does not ask"
+        return found_at(inner.text, "letter", boxed if other.style == "boxed" else other.fault)
+    first, _, _ = text.partition("\n")
+    for line in (first, text.rpartition("\n")[2]):
+        alone = _unmarked(peel_line(line)) if len(line) <= _LONGEST_LETTER else nothing()
+        if alone.style == "letter" and alone.text is not None:
+            return found_at(alone.text, "letter", "text around the option's letter")
+    return found if found.text is not None else nothing()
 
 
-def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    last = None
-    for last in pattern.finditer(text):  # noqa: B007
-        pass
-    return last
+_LONGEST_PHRASE = 100
 
 
-def _stands_apart(text: str, marker_end: int, box_start: int) -> bool:
-    """Whether a box comes after the marker's own answer (an answer of its own, later)."""
-    return box_start >= marker_end and "\n" in text[marker_end:box_start].strip(" \t\r\n*$")
+def _short(text: str, low: str) -> Extraction:
+    """The whole completion, unless an answer is marked in it or given in a sentence."""
+    for found in (_marked(text, low), _spoken(text, low, doubtful=False)):
+        if found.text is not None:
+            return found_at(found.text, found.style, "more than the word or phrase that was asked")
+    core = peel_line(text)
+    if not core:
+        return nothing()
+    one_line = "\n" not in core and len(core) <= _LONGEST_PHRASE
+    fault = "the answer is no single short line"
+    if one_line:
+        fault = "the answer is a sentence, not a word or a phrase" if has_verb(core) else ""
+    return found_at(core, "short", fault or None)
 
 
-def _letter(text: str, *, anywhere: bool) -> Extraction:
-    """An option letter, alone or after a closing "the answer is".
-
-    After "the answer is" any answer is read, not letters only: it is legible, though no style
-    asks for it (format_ok False). anywhere: a letter alone in the last line counts too.
-    """
-    whole = clean(text)
-    if not whole:
-        return NOTHING
-    if _LETTER.fullmatch(whole) or ("\n" not in whole and _LETTER_THEN_TEXT.fullmatch(whole)):
-        return Extraction(_bare_letter(whole), "letter", format_ok=True)
-    last_line = whole.splitlines()[-1]
-    if phrase := _last(_PROSE, last_line):
-        answer = last_line[phrase.end() :].strip()
-        head = _PROSE_LETTER.match(answer)
-        # "the answer is A red bar" names no option: A and I are words too
-        if head and not (head.group(1) in "AI" and re.match(r"\s+[a-z]", answer[head.end() :])):
-            tail = answer[head.end() :].strip(_CLOSERS + ")")
-            return Extraction(head.group(1), "letter", format_ok=not tail)
-        if answer := clean(answer):
-            return Extraction(answer, "prose", format_ok=False)
-    last_line = clean(last_line)
-    if anywhere and _LETTER.fullmatch(last_line):
-        return Extraction(_bare_letter(last_line), "letter", format_ok=False)
-    return NOTHING
+def _box(text: str, low: str) -> Extraction:
+    """Tagged places, else a final answer, else a completion that is nothing but coordinates."""
+    if places := tagged_places(text):
+        return found_at(places[0], "box", None if places[1] else TWO)
+    for found in (_marked(text, low), _spoken(text, low, doubtful=False)):
+        if found.text is not None:
+            return found_at(found.text, found.style, "the answer is no <box>, as style box asks")
+    core = peel_line(text)
+    if coordinates_only(core):
+        return found_at(core, "box", None)
+    found = _auto(text, low)
+    fault = "the answer is no <box>, as style box asks"
+    return found if found.text is None else found_at(found.text, found.style, fault)
 
 
-def _bare_letter(text: str) -> str:
-    alone = _LETTER.fullmatch(text)
-    return alone.group(1) if alone else text
+_READERS: dict[str, Callable[[str, str], Extraction]] = {
+    "auto": _auto,
+    "final": _final,
+    "boxed": _boxed,
+    "letter": _letter,
+    "short": _short,
+    "box": _box,
+}

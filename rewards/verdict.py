@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from rewards.choices import options_in
 from rewards.datasets import DatasetEntry, DatasetTable, load_table
 from rewards.extract import Extraction, extract
 from rewards.lists import is_list_of_lists
 from rewards.match import MATCHERS, get_matcher
+from rewards.options import options_in
 from rewards.quantities import read_number
 from rewards.reasons import CannotJudge
 from rewards.texts import normalise

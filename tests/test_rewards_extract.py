@@ -47,7 +47,7 @@ EXTRACTIONS = [
     ("\\fbox{9}", "auto", "9", "boxed", True),
     ("\\boxed{\\text{(B)}}", "auto", "(B)", "boxed", True),
     ("\\boxed{3} then \\boxed{4", "auto", "3", "boxed", False),
-    ("### Final Answer\n\\boxed{7}", "auto", "7", "boxed", True),
+    ("### Final Answer\n\\boxed{7}", "auto", "7", "final", True),
     ("\\boxed{9", "auto", None, "none", False),
     ("\\boxed{}", "auto", None, "none", False),
     # R1
@@ -60,7 +60,7 @@ EXTRACTIONS = [
     ("<think>a</think>b<think>\\boxed{1}", "auto", None, "none", False),
     ("<think>so \\boxed{1}", "auto", None, "none", False),
     ("<think>so Final answer: 1", "auto", None, "none", False),
-    ("<think>a</think> nothing", "auto", None, "none", False),
+    ("<think>a</think> nothing", "auto", "nothing", "r1", False),
     # letters
     ("B", "auto", "B", "letter", True),
     ("(B)", "letter", "B", "letter", True),
@@ -80,7 +80,7 @@ EXTRACTIONS = [
     # nothing
     ("I cannot tell.", "auto", None, "none", False),
     ("The last option is wrong. Who knows.", "auto", None, "none", False),
-    ("9", "auto", None, "none", False),
+    ("9", "auto", "9", "short", False),
     ("Final Answer:", "auto", None, "none", False),
     ("Final Answer: **", "auto", None, "none", False),
     ("", "auto", None, "none", False),

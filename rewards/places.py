@@ -1,0 +1,47 @@
+"""Places in a picture as completions write them: tagged boxes and points, or coordinates alone."""
+
+from __future__ import annotations
+
+import re
+
+_PLACE = re.compile(r"<(box|point)>[^<>]{1,400}</\1>", re.IGNORECASE)
+_BETWEEN = re.compile(r"(?:[\s,;，；、&|]|and|和|<ref>[^<>]{0,200}</ref>)*", re.IGNORECASE)
+_COORDINATES = re.compile(
+    r"(?:[-+\d\s.,;:=()\[\]{}\"'|]|\b(?:click|tap|point|box|bbox|bbox_2d|point_2d|start_box|"
+    r"coordinates?|left|top|right|bottom|width|height|json|x|y|w|h|[xy][12]|[xy]_?m(?:in|ax))\b)+",
+    re.IGNORECASE,
+)
+_MAX_BETWEEN = 300  # characters between two tags of one answer
+_MAX_COORDINATES = 2000
+
+
+def tagged_places(text: str) -> tuple[str, bool] | None:
+    """The last run of <box>..</box> or <point>..</point>, and whether it is the only one.
+
+    Tags that stand side by side, with or without <ref>..</ref> between them, are one run; the
+    names in <ref> are left out of it. None without any.
+
+    >>> tagged_places("a <ref>cup 2</ref><box>[[1, 2, 3, 4]]</box>")
+    ('<box>[[1, 2, 3, 4]]</box>', True)
+    """
+    tags = list(_PLACE.finditer(text))
+    if not tags:
+        return None
+    first = len(tags) - 1
+    while first and _adjacent(text[tags[first - 1].end() : tags[first].start()]):
+        first -= 1
+    return "".join(tag[0] for tag in tags[first:]), first == 0
+
+
+def _adjacent(between: str) -> bool:
+    return len(between) <= _MAX_BETWEEN and _BETWEEN.fullmatch(between) is not None
+
+
+def coordinates_only(text: str) -> bool:
+    """Whether a text is nothing but coordinates: "[1, 2, 3, 4]", "(1,2),(3,4)", "click(x=1, y=2)".
+
+    Two numbers are the least.
+    """
+    if not 3 <= len(text) <= _MAX_COORDINATES or _COORDINATES.fullmatch(text) is None:
+        return False
+    return len(re.findall(r"(?<![a-z_\d])\d+(?:\.\d+)?", text, re.IGNORECASE)) >= 2
