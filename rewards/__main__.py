@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from rewards.extract import STYLES
 from rewards.match import MATCHERS
-from rewards.pool import DEFAULT_LIMIT
+from rewards.pool import DEFAULT_LIMIT, VerifierPool, shared_pool
 
 EXAMPLE = """\
 example:
@@ -113,9 +113,9 @@ def run_explain(args: argparse.Namespace) -> None:
     record, completion = _rollout_of(args) if args.place else _record_of(args)
     if fault := rollout_fault({**record, "completion": completion}):
         raise UsageError(fault)
-    told = explain(
-        record, completion, style=args.style, table=_table(args.datasets), limit=args.limit
-    )
+    table = _table(args.datasets)
+    pool = shared_pool() if args.limit == DEFAULT_LIMIT else VerifierPool(limit=args.limit)
+    told = explain(record, completion, style=args.style, table=table, pool=pool)
     if args.json:
         import json
 
@@ -204,11 +204,12 @@ def run_audit(args: argparse.Namespace) -> None:
             on_bytes=progress.update,
         )
     _check_bad(report, args.max_bad)
-    print_audit(report)
     if args.html is not None:
         from rewards.audit_page import write_page
 
         write_page(report, args.html, max_rows=args.max_rows, image_root=args.image_root)
+    print_audit(report)
+    if args.html is not None:
         print(f"{args.html}: the page")
 
 

@@ -222,7 +222,7 @@ def _example(finding: Finding, rollout: Rollout, verdict: Verdict) -> Example:
     return Example(
         file=rollout.file,
         line=rollout.line,
-        question=_cut(question, _LONGEST_QUESTION) if isinstance(question, str) else "",
+        question=_question(question) if isinstance(question, str) else "",
         gold=finding.gold[:_LONGEST_QUESTION],
         extracted=None if verdict.extracted is None else verdict.extracted[:_LONGEST_QUESTION],
         tail=tail if len(tail) <= _LONGEST_TAIL else f"…{tail[-_LONGEST_TAIL:]}",
@@ -233,5 +233,7 @@ def _example(finding: Finding, rollout: Rollout, verdict: Verdict) -> Example:
     )
 
 
-def _cut(text: str, longest: int) -> str:
-    return text if len(text) <= longest else f"{text[:longest]}…"
+def _question(text: str) -> str:
+    """A question without the marks where its images stand, cut where it is long."""
+    text = text[: 2 * _LONGEST_QUESTION].replace("<image>", "").strip()
+    return text if len(text) <= _LONGEST_QUESTION else f"{text[:_LONGEST_QUESTION]}…"

@@ -10,10 +10,11 @@ from typing import Any
 from rewards.datasets import DatasetEntry, DatasetTable
 from rewards.extract import Extraction
 from rewards.match import MATCHERS
-from rewards.pool import VerifierPool
+from rewards.pool import VerifierPool, shared_pool
 from rewards.readings import read_as
 from rewards.verdict import (
     GROUNDING,
+    Comparison,
     Outcome,
     Plan,
     Task,
@@ -50,12 +51,22 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Opinion:
+    """What a matcher that was not asked for would have said, by its own least score."""
+
+    matcher: str
+    outcome: str
+    score: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
 class Explanation:
     """How the verdict of one completion came about.
 
     span: where in the completion the final answer stands, None where it cannot be told.
     matcher_from, options_from: in words. steps: the comparisons that were asked for. others: what
-    each other matcher would have said: (matcher, outcome, score, reason).
+    each other matcher would have said.
     """
 
     completion: str
@@ -67,7 +78,7 @@ class Explanation:
     options: tuple[str, ...] | None
     options_from: str
     steps: tuple[Step, ...]
-    others: tuple[tuple[str, str, float | None, str | None], ...]
+    others: tuple[Opinion, ...]
     verdict: Verdict
     reward: float | None
 
@@ -82,23 +93,23 @@ def explain(
     *,
     style: str = "auto",
     table: DatasetTable | None = None,
-    limit: float = 5.0,
+    pool: VerifierPool | None = None,
 ) -> Explanation:
     """Judge a completion of a question's record (`task_of`) and say how.
 
-    limit: seconds of one comparison. Raises ValueError for an unknown matcher or style, or an
-    answer that is none.
+    pool: what judges, None for the one of `verify`. Raises ValueError for an unknown matcher or
+    style, or an answer that is none.
     """
     task = task_of(record, completion, style=style, table=table)
     plan = plan_comparisons(task)
     # every matcher is asked about the text that the verdict is about
     grounded = plan.matcher in GROUNDING and style == "auto"
     task = replace(task, style="box" if grounded else style)
-    with VerifierPool(1, limit=limit) as pool:
-        verdict = pool.judge(task)
-        steps = tuple(_step(pool, task, plan, comparison) for comparison in plan.comparisons)
-        used = {step.matcher for step in steps}
-        others = tuple(_other(pool, task, name) for name in MATCHERS if steps and name not in used)
+    pool = pool or shared_pool()
+    verdict = pool.judge(task)
+    steps = tuple(_step(pool, task, plan, comparison) for comparison in plan.comparisons)
+    used = {step.matcher for step in steps}
+    others = tuple(_other(pool, task, name) for name in MATCHERS if steps and name not in used)
     return Explanation(
         completion=completion,
         style=style,
@@ -115,7 +126,7 @@ def explain(
     )
 
 
-def _step(pool: VerifierPool, task: Task, plan: Plan, comparison: Any) -> Step:
+def _step(pool: VerifierPool, task: Task, plan: Plan, comparison: Comparison) -> Step:
     """One comparison of a plan, made and read."""
     name, gold = comparison.matcher, comparison.gold
     told = pool.judge(replace(task, answers=(gold,), matchers=(name,)))
@@ -125,12 +136,17 @@ def _step(pool: VerifierPool, task: Task, plan: Plan, comparison: Any) -> Step:
     if not accepted and told.score is not None and told.score >= least:
         ours, theirs = digits_of(comparison.prediction), digits_of(gold)
         note = f"alike enough, but with other digits: {ours or 'none'}, not {theirs or 'none'}"
-    limit = pool.limit
+    sides = [
+        "nothing: it ran out of time"  # and would again
+        if told.outcome == Outcome.TIMEOUT
+        else read_as(name, side, comparison.options, limit=pool.limit)
+        for side in (gold, comparison.prediction)
+    ]
     return Step(
         matcher=name,
         gold=gold,
-        gold_read=read_as(name, gold, comparison.options, limit=limit),
-        answer_read=read_as(name, comparison.prediction, comparison.options, limit=limit),
+        gold_read=sides[0],
+        answer_read=sides[1],
         outcome=str(told.outcome),
         score=told.score,
         least=least,
@@ -139,11 +155,9 @@ def _step(pool: VerifierPool, task: Task, plan: Plan, comparison: Any) -> Step:
     )
 
 
-def _other(pool: VerifierPool, task: Task, name: str) -> tuple[str, str, float | None, str | None]:
-    """What a matcher that was not asked for says, by its own least score."""
-    asked = replace(task, matchers=(name,), least=None, same_digits=False)
-    told = pool.judge(asked)
-    return name, str(told.outcome), told.score, told.reason
+def _other(pool: VerifierPool, task: Task, name: str) -> Opinion:
+    told = pool.judge(replace(task, matchers=(name,), least=None, same_digits=False))
+    return Opinion(name, str(told.outcome), told.score, told.reason)
 
 
 def find_span(task: Task, text: str | None) -> tuple[int, int] | None:

@@ -50,6 +50,7 @@ def _rows(told: Explanation) -> Iterator[tuple[str, Text]]:
     line = Text(str(verdict.outcome), style=f"bold {COLOURS[verdict.outcome]}")
     if verdict.extracted is not None:
         line.append(f", decided by {verdict.matcher}", style="default")
+    if verdict.score is not None and verdict.extracted is not None:
         line.append(f", score {number(verdict.score)}", style="default")
     if verdict.reason:
         line.append(f": {visible(verdict.reason)}", style="default")
@@ -66,7 +67,7 @@ def _completion(told: Explanation) -> Text:
     if not text.strip():
         return Text("(empty)", style="dim")
     if told.span is None:
-        return Text(_cut(visible(text), 2 * _AROUND, from_end=True))
+        return Text(_cut(visible(text[-8 * _AROUND :]), 2 * _AROUND, from_end=True))
     start, end = told.span
     line = Text(_cut(visible(text[max(0, start - 4 * _AROUND) : start]), _AROUND, from_end=True))
     line.append(f"⟦{visible(text[start:end])}⟧", style="bold reverse")
@@ -130,9 +131,9 @@ def _others(told: Explanation) -> Text:
     from rich.text import Text
 
     said: dict[str, list[str]] = {}
-    for name, outcome, score, _ in told.others:
-        partly = outcome == "wrong" and score
-        said.setdefault(outcome, []).append(f"{name} ({number(score)})" if partly else name)
+    for one in told.others:
+        partly = f" ({number(one.score)})" if one.outcome == "wrong" and one.score else ""
+        said.setdefault(one.outcome, []).append(f"{one.matcher}{partly}")
     line = Text()
     for outcome, names in sorted(said.items(), key=lambda pair: pair[0] == told.verdict.outcome):
         line.append("\n" if line else "")

@@ -62,10 +62,8 @@ def find(
     """What is to be said of a verdict, by rules that cost no more than matching does."""
     found = []
     if stored is not None and stored != verdict.outcome:
-        now = f"{_words(verdict.outcome)} by {verdict.matcher}"
-        found.append(
-            Finding("changed", f"{_words(stored)} was stored, now {now}", 1.0, _gold(task))
-        )
+        pattern = f"stored as {_words(stored)}, now {_words(verdict.outcome)} by {verdict.matcher}"
+        found.append(Finding("changed", pattern, 1.0, _gold(task)))
     outcome = verdict.outcome
     if outcome in (Outcome.CANNOT_JUDGE, Outcome.TIMEOUT):
         found.append(Finding("not judged", reason_pattern(verdict), 1.0, _gold(task)))
@@ -159,7 +157,7 @@ def _contained(task: Task, verdict: Verdict, answer: str, gold: str) -> list[Fin
     pattern = "the gold answer stands in it"
     if len(inner) > len(outer):
         inner, outer = outer, inner
-        pattern = "it stands in the gold answer"
+        pattern = "the answer stands in the gold one"
     # an option's letter is also a word ("a", "i")
     if inner == outer or _LETTER.fullmatch(inner) or not has_words(outer, inner):
         return []

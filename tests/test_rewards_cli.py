@@ -1,0 +1,404 @@
+"""python -m rewards: explain prints how a verdict came about, audit finds likely mistakes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from rewards.__main__ import main
+from rewards.audit import MOST_EXAMPLES, audit
+from rewards.explain import explain
+
+Capture = pytest.CaptureFixture[str]
+
+
+def run(capsys: Capture, *argv: str) -> str:
+    """What a command prints on stdout."""
+    main(argv)
+    return capsys.readouterr().out
+
+
+def fail(capsys: Capture, *argv: str) -> str:
+    """The one line of a command that is refused."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    return told.removeprefix("error: ").strip()
+
+
+# -- explain -----------------------------------------------------------------------------------
+
+
+def test_explain_lines(capsys: Capture) -> None:
+    told = run(capsys, "explain", "--completion", "3 + 12.\nFinal answer: 15", "--answer", "5")
+    assert told.splitlines() == [
+        "completion    3 + 12.",
+        "              Final answer: ⟦15⟧",
+        "final answer  '15', found as final (asked for: auto)",
+        "format        followed",
+        "options       none given, and none listed by the question",
+        "matcher       number: chosen by the gold answer's form",
+        "  number      gold '5' read as 5",
+        "              answer read as 15",
+        "              score 0 (a match from 1 on): no match",
+        "others say    cannot judge: choice, box, point",
+        "              wrong: exact, vqa, relaxed, anls, math, list",
+        "outcome       wrong, decided by number, score 0",
+        "reward        0",
+    ]
+
+
+# the command's options, and lines or parts of lines that it prints
+EXPLAINED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    (
+        ("--question", "Which?\nA. Paris\nB. London", "--answer", "B"),
+        (
+            "options       A Paris · B London (listed by the question)",
+            "matcher       choice: chosen by the options",
+            "  choice      gold 'B' read as option B: London",
+            "answer read as none of the 2 options",
+        ),
+    ),
+    (
+        ("--options", "Paris", "London", "--answer", "London"),
+        ("options       A Paris · B London (given)", "gold 'London' read as option B: London"),
+    ),
+    (
+        ("--answer", "May 12, 1999", "--answer", "1999", "--dataset", "DocVQA"),
+        (
+            "matcher       anls from 0.9 on with the same digits: data set 'DocVQA' fits",
+            "of datasets.yaml (DocVQA's ANLS,",
+            "score 0.92 (a match from 0.9 on): no match; alike enough, but with other digits: "
+            "121998, not 121999",
+            "outcome       wrong, decided by anls, score 0.92",
+        ),
+    ),
+    (
+        ("--answer", "nine", "--answer", "May 12, 1998", "--dataset", "ours"),
+        (
+            "matcher       number for 'nine', exact for 'May 12, 1998': the table has nothing for "
+            "data set",
+            "outcome       correct, decided by exact, score 1",
+            "reward        1",
+        ),
+    ),
+    (
+        ("--answer", "9", "--matcher", "choice", "--matcher", "box"),
+        (
+            "matcher       one of choice, box (in that order): named with the question",
+            "outcome       cannot_judge, decided by choice: gold answer '9' is no option letter",
+            "reward        none: not judged, so in no pair and no average",
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "lines"), EXPLAINED)
+def test_explain(options: Sequence[str], lines: Sequence[str], capsys: Capture) -> None:
+    told = run(capsys, "explain", "--completion", "Final answer: May 12, 1998", *options)
+    flat = " ".join(told.split())  # wherever the lines were broken
+    for line in lines:
+        assert " ".join(line.split()) in flat
+    assert "\x1b" not in told
+    assert max(map(len, told.splitlines())) <= 100
+
+
+def test_explain_what_cannot_be_seen(capsys: Capture) -> None:
+    """Escape sequences and halves of a pair reach neither the terminal nor JSON as they are."""
+    told = run(capsys, "explain", "--completion", "\x1b[31m I \ud800 \u202e", "--answer", "9")
+    assert "\\x1b[31m I \\ud800 \\u202e" in told
+    assert "final answer  none: " in told
+    assert "outcome       no_answer" in told
+    assert "reward        0" in told
+    told = run(capsys, "explain", "--completion", "\ud800", "--answer", "9", "--json")
+    assert json.loads(told)["completion"] == "\ud800"
+
+
+def test_explain_mathematics(capsys: Capture) -> None:
+    """Both sides are shown as they were parsed, in a process of its own."""
+    told = run(
+        capsys, "explain", "--completion", r"so \boxed{x^2+1}", "--answer", "1+x^2", "--json"
+    )
+    found = json.loads(told)
+    assert found["span"] == [len(r"so \boxed{"), len(r"so \boxed{x^2+1")]
+    (step,) = found["steps"]
+    assert (step["matcher"], step["accepted"]) == ("math", True)
+    assert step["gold_read"] == step["answer_read"] == "x**2 + 1"
+    assert (found["verdict"]["outcome"], found["reward"]) == ("correct", 1.0)
+    assert {one["matcher"]: one["outcome"] for one in found["others"]}["exact"] == "wrong"
+
+
+SPANS = [
+    ("Final answer: 9\nI am 99% sure of 9.", "9", (14, 15)),
+    ("9 is it. The answer is 9", "9", (23, 24)),
+    ("B", "B", (0, 1)),
+    (r"<think>\boxed{7}</think> \boxed{7}", "7", (32, 33)),
+    ("no idea", "9", None),
+]
+
+
+@pytest.mark.parametrize(("completion", "gold", "span"), SPANS)
+def test_explain_span(completion: str, gold: str, span: tuple[int, int] | None) -> None:
+    """The place that decides is marked, not the first nor the last that looks like it."""
+    assert explain({"answer": gold}, completion).span == span
+
+
+def test_explain_files(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "completion.txt"
+    text.write_text("Final answer: @9", encoding="utf-8")
+    told = run(capsys, "explain", "--completion", f"@{text}", "--answer", "@@9")
+    assert "gold '@9' read as '@9'" in told
+    assert "outcome       correct" in told
+    rollouts = tmp_path / "rollouts.jsonl"
+    record = {"answer": "9", "completion": "Final answer: 9", "outcome": "wrong", "matcher": "vqa"}
+    rollouts.write_text(f"{{}}\n\n{json.dumps(record)}\n", encoding="utf-8")
+    # of a verdict, `matcher` is the one that decided, not one that was asked for
+    assert "number: chosen by the gold" in run(capsys, "explain", f"{rollouts}:3")
+    assert "relaxed: named" in run(capsys, "explain", f"{rollouts}:3", "--matcher", "relaxed")
+    table = tmp_path / "mine.yaml"
+    table.write_text("- {match: 'mine*', matcher: list, why: 'ours'}", encoding="utf-8")
+    told = run(
+        capsys, *("explain", "--completion", "Final answer: b, a", "--answer", "a, b"),
+        *("--dataset", "Mine-2", "--datasets", str(table)),
+    )  # fmt: skip
+    assert "list: data set 'Mine-2' fits 'mine*', entry 1 of mine.yaml (ours)" in told
+    assert "outcome       correct, decided by list" in told
+
+
+def test_explain_errors(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "rollouts.jsonl"
+    file.write_text('{"completion": "9"}\n[1]\n', encoding="utf-8")
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"\xff")
+    one = ("--completion", "9", "--answer", "9")
+    cases = [
+        ([], "give --completion and --answer, or ROLLOUTS.jsonl:LINE"),
+        (["--answer", "9"], "give --completion, or ROLLOUTS.jsonl:LINE"),
+        (["--completion", "-", "--answer", "-"], "standard input can be read once"),
+        ([*one, "--matcher", "psychic"], "argument --matcher: invalid choice: 'psychic'"),
+        ([*one, "--style", "loud"], "argument --style: invalid choice: 'loud'"),
+        ([*one, "--limit", "0"], "--limit is 0.0; give seconds, above 0"),
+        ([*one, "--datasets", str(tmp_path / "none.yaml")], "none.yaml: No such file"),
+        ([*one, "--datasets", str(file)], f"{file}:2: not YAML: "),
+        (["--completion", f"@{bad}", "--answer", "9"], f"{bad}: not UTF-8 at byte 0"),
+        ([f"{file}"], "names no line; write ROLLOUTS.jsonl:LINE, from 1 on"),
+        ([f"{file}:0"], "names no line"),
+        ([f"{file}:7"], f"{file}:7: the file has no such line"),
+        ([f"{file}:1"], f"{file}:1: field 'answer', the gold answer, is missing"),
+        ([f"{file}:2"], f"{file}:2: not a JSON object"),
+        ([f"{file}:1", *one], "have no meaning with a line"),
+    ]
+    for argv, message in cases:
+        assert message in fail(capsys, "explain", *argv)
+
+
+def test_help(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    told = capsys.readouterr().out
+    assert told.startswith("usage: python -m rewards ")
+    assert "\nexample:\n  python -m rewards explain --completion" in told
+
+
+# -- audit -------------------------------------------------------------------------------------
+
+FORMAT = "I look at the picture.\n"
+
+
+def rows_of(dataset: str, gold: Any, completion: str, n: int = 1, **fields: Any) -> list[Any]:
+    return [{"dataset": dataset, "answer": gold, "completion": FORMAT + completion, **fields}] * n
+
+
+# rows, then the one finding that they give: kind, pattern; None for no finding
+FINDINGS: list[tuple[list[Any], tuple[str, str] | None]] = [
+    (rows_of("own", "Jean-Paul Sartre", "Final answer: Jean Paul Sartre"),
+     ("false negative", "wrong by exact, vqa accepts")),
+    (rows_of("own", "red", "Final answer: a red car", matcher="vqa"),
+     ("false negative", "wrong by vqa, though the gold answer stands in it")),
+    (rows_of("own", "New York City", "Final answer: New York"),
+     ("false negative", "wrong by exact, though the answer stands in the gold one")),
+    (rows_of("own", "9", "I count 9 of them"),
+     ("false negative", "no answer found, though the gold answer stands in the last line")),
+    (rows_of("own", "B", "it is B\nthat much is plain\n"),
+     ("false negative", "no answer found, though the gold answer stands in the last three lines")),
+    (rows_of("own", "0.5", r"Final answer: \sqrt{1/4}"),
+     ("false negative", "wrong by number, math accepts")),
+    (rows_of("chartqa", "1137", "Final answer: 1164"),
+     ("false positive", "correct by relaxed, number reads another number")),
+    (rows_of("own", "x < 3", "Final answer: x > 3", matcher="vqa"),
+     ("false positive", "correct by vqa, other signs")),
+    (rows_of("own", "May 12, 1998", "Final answer: May 12, 1999", matcher="anls"),
+     ("false positive", "correct by anls, other digits")),
+    (rows_of("own", "9", "and then, on and on", finish_reason="length"),
+     ("cut off", "no final answer, and no room for one")),
+    (rows_of("own", "9 of them", "Final answer: 9", matcher="box"),
+     ("not judged", "cannot judge by box: gold answer … is no box")),
+    (rows_of("own", "9", "Final answer: 9", outcome="wrong", matcher="exact"),
+     ("changed", "stored as wrong, now correct by number")),
+    (rows_of("own", "9", "Final answer: 9", outcome="correct", matcher="exact"), None),
+    (rows_of("own", "5", "Final answer: 15"), None),
+    (rows_of("own", "5", "Final answer: 5.5"), None),
+    (rows_of("own", "9", "nothing to be seen"), None),
+    (rows_of("own", "A", "A red bar is what I see"), None),
+    (rows_of("own", "red", "Final answer: blue"), None),
+    (rows_of("docvqa", "1234567890", "Final answer: 7"), None),
+]  # fmt: skip
+
+
+def write(path: Path, rows: Sequence[Any]) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_audit_findings(tmp_path: Path) -> None:
+    """Each pattern by itself, and nothing of verdicts that are as they should be."""
+    for number, (rows, finding) in enumerate(FINDINGS):
+        report = audit([write(tmp_path / f"{number}.jsonl", rows)])
+        found = [(group.kind, group.pattern) for group in report.groups.values()]
+        assert report.rows == 1, rows
+        assert len(found) == (finding is not None), (rows, found)
+        if finding is not None:
+            assert found[0][0] == finding[0], rows
+            assert found[0][1].startswith(finding[1]), rows
+
+
+def test_audit_groups(tmp_path: Path) -> None:
+    """500 rows of one pattern are one group with a count and a few distinct examples."""
+    rows = [
+        rows_of("own", f"New York {i % 20}", f"Final answer: York {i % 20}")[0] for i in range(500)
+    ]
+    rows += rows_of("own", "The dog", "Final answer: dog", n=3)
+    report = audit([write(tmp_path / "a.jsonl", rows)])
+    first, second = report.ranked("false negative")  # the likeliest first
+    assert (first.pattern, first.count) == ("wrong by exact, vqa accepts", 3)
+    assert [example.count for example in first.examples.values()] == [3]
+    assert (second.count, len(second.examples)) == (500, MOST_EXAMPLES)
+    assert report.counts() == {
+        "changed": 0, "false negative": 503, "false positive": 0, "not judged": 0, "cut off": 0,
+    }  # fmt: skip
+
+
+def everything(folder: Path) -> Path:
+    """A file of rollouts with every kind of finding, three bad lines and an image."""
+    Image.new("RGB", (400, 200), "navy").save(folder / "a.png")
+    # but mathematics, whose process takes a second to start
+    rows = [row for rows, found in FINDINGS for row in rows if "math" not in str(found)]
+    hostile = "<script>alert('x')</script>"
+    rows += rows_of("<b>odd</b>", "\x1b\u202e The dog", f"{hostile}\nFinal answer: dog",
+                    question=f"<image>\n{hostile}", image=["a.png", "gone.png"])  # fmt: skip
+    path = write(folder / "rollouts.jsonl", rows)
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"no\n\n{"answer": "9"}\n{"completion": "9", "answer": "9", "matcher": "m"}\n')
+        file.write("[" * 100_000 + "\n")
+    return path
+
+
+class Page(HTMLParser):
+    """What a test looks at: groups, images, scripts, visible text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: list[tuple[str, str]] = []
+        self.images: list[str] = []
+        self.tags: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        found = dict(attributes)
+        self.tags.append(tag)
+        if found.get("class") == "card group":
+            self.groups.append((found["data-kind"], found["data-dataset"]))
+        if tag == "img":
+            self.images.append(found["src"])
+        assert not any(name.startswith("on") for name in found)
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_audit_page(tmp_path: Path, capsys: Capture) -> None:
+    """Every finding is on the page; what completions hold is text there, and nothing is fetched."""
+    path, html = everything(tmp_path), tmp_path / "audit.html"
+    told = run(capsys, "audit", str(path), "--html", str(html), "--max-bad", "4")
+    source = html.read_text(encoding="utf-8")
+    page = Page()
+    page.feed(source)
+    text = "".join(page.text)
+    kinds = ["changed"] + ["false negative"] * 6 + ["false positive"] * 3
+    assert [kind for kind, _ in page.groups] == [*kinds, "not judged", "cut off"]
+    assert ("false negative", "<b>odd</b>") in page.groups
+    assert page.tags.count("script") == 1
+    assert "b>odd" not in source
+    assert "<script>alert('x')</script>" in text
+    assert "\\x1b\\u202e The dog" in text
+    assert len(page.images) == 1
+    assert page.images[0].startswith("data:image/jpeg;base64,")
+    assert "image gone.png could not be read" in text
+    assert not re.search(r"https?://|src=\"(?!data:)", source)
+    assert "script-src &#39;sha256-" in source or "script-src 'sha256-" in source
+    for reason in ("not JSON: ", "field 'completion' is missing", "matcher 'm' is unknown"):
+        assert reason in text
+        assert reason in told
+    assert f"{html}: the page" in " ".join(told.split())
+
+
+def test_audit_terminal(tmp_path: Path, capsys: Capture) -> None:
+    """The tables fit a hundred columns, and hold the counts."""
+    told = run(capsys, "audit", str(everything(tmp_path)), "--max-bad", "0.5")
+    tables, _, after = told.partition("not judged: ")
+    assert max(map(len, tables.splitlines())) <= 100
+    assert "\x1b" not in told
+    flat = " ".join(told.split())
+    assert "Stored verdicts that differ from today's: 1" in flat
+    assert "Likely false negatives: rejected, though right: 6" in flat
+    assert "Likely false positives: accepted, though wrong: 3" in flat
+    assert "2 of 19 came with a verdict, 1 differ today" in flat
+    assert re.search(r"^ all +19 +\d", tables, re.MULTILINE)
+    assert f"{len(FINDINGS) + 1}: not JSON: " in after
+    assert after.strip().endswith("19 rollouts, 4 bad lines")
+
+
+def test_audit_options(tmp_path: Path, capsys: Capture) -> None:
+    path = write(tmp_path / "a.jsonl", rows_of("own", "The dog", "Final answer: dog"))
+    assert "vqa accepts" in run(capsys, "audit", str(path))
+    assert "No verdict looks like a mistake." in run(capsys, "audit", str(path), "--matcher", "vqa")
+    table = tmp_path / "mine.yaml"
+    table.write_text("- {match: own, matcher: vqa, why: ours}", encoding="utf-8")
+    told = run(capsys, "audit", str(path), str(path), "--datasets", str(table))
+    assert "No verdict looks like a mistake." in told
+    assert "2 rollouts, 0 bad lines" in told
+    html = tmp_path / "a.html"
+    run(capsys, "audit", str(path), "--html", str(html), "--max-rows", "0")
+    assert "No room on this page (--max-rows)." in html.read_text(encoding="utf-8")
+
+
+def test_audit_errors(tmp_path: Path, capsys: Capture) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{}\n{"completion": "9", "answer": "9"}\n')
+    few = "1 of 2 lines are bad, more than --max-bad 0.05 allows; the first: "
+    cases = [
+        ([], "the following arguments are required: ROLLOUTS.jsonl"),
+        ([str(tmp_path / "none.jsonl")], "none.jsonl: No such file"),
+        ([str(tmp_path)], "Is a directory"),
+        ([str(empty)], f"{empty}: no rollouts"),
+        ([str(bad)], f"{few}{bad}:1: field 'completion' is missing"),
+        ([str(bad), "--max-bad", "-1"], "--max-bad is -1.0; at least 0"),
+        ([str(bad), "--workers", "0"], "--workers is 0; at least 1"),
+        ([str(bad), "--html", str(bad)], f"--html {bad} is the input itself"),
+        ([str(bad), "--max-bad", "1", "--html", str(tmp_path / "no/a.html")], "No such file"),
+    ]
+    for argv, message in cases:
+        assert message in fail(capsys, "audit", *argv)
