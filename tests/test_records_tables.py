@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from plain import noise_image
 from record_cases import QUESTION, encoded, pixels, read, row, write
+from streams import Streams
 
 from cascade.evaluate import EvaluationConfig, evaluate
 from internvl.data import (
@@ -31,8 +32,8 @@ from internvl.data.tables import open_tables
 from internvl.errors import DataError, UserError
 from internvl.sampler import Completion, SampleRequest, SamplingConfig
 from mmpr.cli import main as mmpr
+from mmpr.listing import detect_kind
 from mmpr.sample import pending_rows
-from mmpr.stats import detect_kind
 
 
 @pytest.fixture
@@ -281,7 +282,7 @@ def test_image_bytes_become_files(folder: Path) -> None:
 # ---- the commands ----
 
 
-class Fixed:
+class Fixed(Streams):
     """A sampler that answers with the number of the question's images and its tile budget."""
 
     name = "fixed"
