@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,30 +77,45 @@ def whole_lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
             yield number, position, record
 
 
-def recover(output: Path, n: int) -> dict[str, dict[str, Any]]:
-    """Cut an interrupted file back to whole questions; id -> first record of each that is done.
+def recover(output: Path, n: int, keep: Callable[[dict[str, Any]], Any] = dict) -> dict[str, Any]:
+    """Cut an interrupted file back to whole questions; id -> what is kept of each that is done.
 
+    keep: what of its first record (all of it by default).
     Raises DataError when the file is not what a run with n samples a question writes.
     """
     if not output.exists():
         return {}
-    done: dict[str, dict[str, Any]] = {}
-    keep = 0
-    group: list[dict[str, Any]] = []
+    done: dict[str, Any] = {}
+    end_of_whole = count = 0
+    first: dict[str, Any] = {}
     for number, end, record in whole_lines(output):
-        same = not group or record.get("id") == group[0]["id"]
-        if record.get("sample") != len(group) or not same or record.get("id") in done:
+        question_id = record.get("id")
+        same = count == 0 or question_id == first["id"]
+        if record.get("sample") != count or not same or question_id in done:
             raise DataError(
                 f"{output}:{number}: sample {record.get('sample')!r} of question "
-                f"{record.get('id')!r} where sample {len(group)} was expected; the file was changed"
+                f"{question_id!r} where sample {count} was expected; the file was changed"
             )
-        group.append(record)
-        if len(group) == n:
-            done[group[0]["id"]] = group[0]
-            group, keep = [], end
-    if keep < output.stat().st_size:
-        os.truncate(output, keep)
+        first = record if count == 0 else first
+        count += 1
+        if count == n:
+            done[first["id"]] = keep(first)
+            count, end_of_whole = 0, end
+    if end_of_whole < output.stat().st_size:
+        os.truncate(output, end_of_whole)
     return done
+
+
+@contextmanager
+def naming_the_file(path: Path) -> Iterator[None]:
+    """A file that cannot be written (a full disk) as a `UserError` that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or path}: cannot be written: {error.strerror}. What was sampled "
+            "before is kept; make room, and start the same command again to go on"
+        ) from error
 
 
 @dataclass(frozen=True)

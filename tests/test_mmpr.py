@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -15,39 +16,66 @@ from internvl.sampler import Completion, SamplingConfig
 from mmpr import cli
 from mmpr.hashing import model_fingerprint, stable_hash
 from mmpr.resumable import meta_path, recover
-from mmpr.sample import describe_run, pending_rows, question_seed, sample_questions
+from mmpr.sample import (
+    SampleReport,
+    describe_run,
+    digest,
+    pending_rows,
+    plan_sampling,
+    question_seed,
+    sample_batches,
+)
 from mmpr.verify import judged_record, rollout_task
 from rewards import VerifierPool
 
 
 class FakeSampler:
-    """Answers from the request alone, as a real sampler with seeds does."""
+    """Answers from the request alone, as a real sampler with seeds does.
+
+    backwards: so many requests are taken, then answered from the last to the first.
+    """
 
     name = "transformers"
 
-    def __init__(self):
-        self.batches = []
+    def __init__(self, backwards=1):
+        self.backwards = backwards
+        self.taken = 0
 
-    def sample(self, requests, config, progress=False):
-        for request in requests:
-            if "too long" in request.question:
-                raise DataError("the prompt has 9 tokens")
-        self.batches.append(len(requests))
-        return [
-            [self.answer(request, index, config) for index in range(config.n)]
-            for request in requests
-        ]
+    def stream(self, requests, config, *, ahead=None):
+        numbered = enumerate(requests)
+        while block := list(islice(numbered, min(self.backwards, ahead))):
+            self.taken += len(block)
+            for number, request in reversed(block):
+                try:
+                    yield number, self.answers(request, config)
+                except DataError as error:
+                    yield number, error
 
-    def answer(self, request, index, config):
+    def answers(self, request, config):
+        if "too long" in request.question:
+            raise DataError("the prompt has 9 tokens")
+        pictures = len(list(request.images))
+        return [self.answer(request, pictures, index) for index in range(config.n)]
+
+    def answer(self, request, pictures, index):
         value = stable_hash(request.seed, index) % 5
-        text = f"I see {len(request.images)} picture(s), é. Final Answer: {value}"
+        text = f"I see {pictures} picture(s), é. Final Answer: {value}"
         return Completion(text, (value, 7), (-0.5, -0.1), "stop")
-
-    def update_weights(self, named_parameters):
-        raise NotImplementedError
 
     def close(self):
         pass
+
+
+class Dying(FakeSampler):
+    """Fails for good after some answers, as when no server is left."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def stream(self, requests, config, *, ahead=None):
+        yield from islice(super().stream(requests, config, ahead=ahead), self.after)
+        raise UserError("no server answers")
 
 
 @pytest.fixture
@@ -66,20 +94,26 @@ def questions(tmp_path):
 CONFIG = SamplingConfig(n=3, max_tokens=16)
 
 
-def run_sampling(questions, output, *, batch=2, sampler=None, config=CONFIG, seed=0, **changes):
+def open_batches(
+    questions, output, *, batch=2, sampler=None, report=None, config=CONFIG, seed=0, **changes
+):
     quarantine = Quarantine(output.with_name("bad.jsonl"), max_bad=0.5)
     rows = read_rows(questions, kind="question", quarantine=quarantine)
     run = describe_run(model="m", fingerprint="f", seed=seed, config=config, dtype="auto")
-    return sample_questions(
-        rows,
-        sampler or FakeSampler(),
-        output=output,
-        config=config,
-        run=run | changes,
-        quarantine=quarantine,
+    plan = plan_sampling(rows, output=output, config=config, run=run | changes)
+    return sample_batches(
+        *(plan, sampler or FakeSampler(), quarantine),
+        report=report,
         batch_questions=batch,
         progress=False,
     )
+
+
+def run_sampling(questions, output, **more):
+    report = SampleReport()
+    for _ in open_batches(questions, output, report=report, **more):
+        pass
+    return report
 
 
 # sample
@@ -100,14 +134,37 @@ def test_rollout_records(questions, tmp_path):
     }  # fmt: skip
 
 
-def test_batching_changes_nothing_but_the_batches(questions, tmp_path):
-    sampler = FakeSampler()
-    run_sampling(questions, tmp_path / "a.jsonl", batch=3, sampler=sampler)
-    assert sampler.batches == [3, 3, 1]
-    run_sampling(questions, tmp_path / "b.jsonl", batch=100)
+def test_neither_batches_nor_the_order_of_answers_change_anything(questions, tmp_path):
+    run_sampling(questions, tmp_path / "a.jsonl", batch=3)
+    run_sampling(questions, tmp_path / "b.jsonl", batch=100, sampler=FakeSampler(backwards=5))
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
     run_sampling(questions, tmp_path / "c.jsonl", seed=1)
     assert (tmp_path / "a.jsonl").read_bytes() != (tmp_path / "c.jsonl").read_bytes()
+
+
+def test_a_batch_is_handed_on_once_it_is_on_disk(questions, tmp_path):
+    output, sampler = tmp_path / "r.jsonl", FakeSampler()
+    batches = open_batches(questions, output, batch=3, sampler=sampler)
+    for taken, ids in ((3, "q0 q1 q2"), (6, "q3 q4 t0"), (7, "t1")):
+        records = next(batches)
+        assert [one["id"] for one in records[::3]] == ids.split()
+        assert sampler.taken == taken, "nothing is taken that nobody asked for"
+        written = [json.loads(line) for line in output.read_text().splitlines()]
+        assert written[-len(records) :] == records
+    assert next(batches, None) is None
+    assert list(open_batches(questions, output, batch=3)) == []
+
+
+def test_who_stops_in_the_middle_keeps_what_is_in_order(questions, tmp_path):
+    output, other = tmp_path / "r.jsonl", tmp_path / "s.jsonl"
+    batches = open_batches(questions, output, batch=2, sampler=FakeSampler(backwards=7))
+    assert len(next(batches)) == 7 * 3  # all were answered before the first was
+    batches.close()
+    with pytest.raises(UserError, match="no server answers"):
+        run_sampling(questions, other, batch=100, sampler=Dying(after=3))
+    assert len(recover(other, 3)) == 3
+    assert run_sampling(questions, other).sampled == 4
+    assert other.read_bytes() == output.read_bytes()
 
 
 def test_killed_anywhere_resumes_to_the_same_file(questions, tmp_path):
@@ -142,7 +199,7 @@ def test_changed_questions_are_refused(questions, tmp_path):
     output = tmp_path / "r.jsonl"
     run_sampling(questions, output)
     rows = read_rows(questions, kind="question", quarantine=Quarantine(None))
-    done = recover(output, 3)
+    done = recover(output, 3, digest)
     assert len(pending_rows(rows, done, output)) == 0
     with pytest.raises(UserError, match="'q0', which is not among the questions"):
         pending_rows(rows[1:], done, output)

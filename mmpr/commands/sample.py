@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from internvl.data import input_folder, read_rows
+from internvl.data import Quarantine, Rows, Selection, input_folder, read_rows
 from internvl.errors import UserError
 from internvl.terminal import Command
 from mmpr.commands.shared import (
@@ -17,10 +17,15 @@ from mmpr.commands.shared import (
     tell_bad,
     tell_image_root,
 )
+from mmpr.prompts import LANGUAGES, PROMPT_STYLES, PromptedRows
 
 if TYPE_CHECKING:
-    from internvl.sampler import SamplingConfig
+    from internvl.sampler import SamplingConfig, StreamSampler
     from mmpr.sample import SampleReport
+
+# options that say how an engine in this process is started, and what they are by default
+_OF_AN_ENGINE = {"backend": "auto", "dtype": "auto", "max_model_len": None}
+_OF_SERVERS = ("concurrency", "server_timeout", "server_patience", "server_model")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,12 +35,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--image-root", type=Path, metavar="DIR", help="where image paths start")
     add("--limit", type=int, metavar="N", help="only the first N questions")
+    add(
+        "--prompt-style",
+        choices=PROMPT_STYLES,
+        default="none",
+        help="the instruction that is put behind each question, which is kept as question_orig; a "
+        "question that asks for a form itself keeps its own (default: %(default)s)",
+    )
+    add(
+        "--language",
+        choices=LANGUAGES,
+        default="auto",
+        help="of the instruction (default: auto, the question's)",
+    )
     add("--n", type=int, default=8, help="completions a question (default: %(default)s)")
     add("--temperature", type=float, default=1.0, help="(default: %(default)s)")
     add("--top-p", type=float, default=1.0, help="(default: %(default)s, off)")
     add("--top-k", type=int, default=0, help="(default: %(default)s, off)")
     add("--max-tokens", type=int, default=1024, help="of a completion (default: %(default)s)")
-    add("--max-tiles", type=int, default=12, help="of a prompt whose data name none (default: 12)")
+    add(
+        "--max-tiles",
+        type=int,
+        default=12,
+        help="of a prompt whose row (max_tiles) or data set (max_dynamic_patch in meta.json) "
+        "names none (default: 12)",
+    )
     add("--seed", type=int, default=0, help="each question's own seed is drawn from it")
     add("--backend", choices=("auto", "vllm", "transformers"), default="auto", help="the sampler")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
@@ -45,22 +69,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=256,
         metavar="N",
-        help="questions sampled, written and synced to disk at a time (default: %(default)s); "
+        help="questions written and synced to disk at a time (default: %(default)s); "
         "a run that was killed goes on from there when started again",
+    )
+    _add_servers(parser.add_argument_group("OpenAI-compatible servers, instead of a backend"))
+
+
+def _add_servers(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--server",
+        action="append",
+        metavar="URL",
+        help="http://host:8000/v1 of a vLLM server that serves --model with "
+        "--trust-request-mm-kwargs; may be given several times",
+    )
+    add("--server-model", metavar="NAME", help="its name there, where servers offer several")
+    add("--concurrency", type=int, metavar="N", help="requests at a time and server (512 / n)")
+    add("--server-timeout", type=float, metavar="S", help="for one request (default: 600)")
+    add(
+        "--server-patience",
+        type=float,
+        metavar="S",
+        help="how long to wait while no server answers (default: 300)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     """`mmpr sample`."""
-    from internvl.sampler import SamplingConfig, open_sampler
-    from mmpr import resumable, sample
+    from internvl.sampler import SamplingConfig
+    from mmpr import sample
     from mmpr.hashing import model_fingerprint
 
-    for name in ("batch_questions", "limit", "max_model_len"):
-        value = vars(args)[name]
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    refuse_overwrite(args.questions, args.output)
+    _check(args)
     config = SamplingConfig(
         args.n, args.temperature, args.top_p, args.top_k, args.max_tokens, args.max_tiles
     )
@@ -69,48 +110,100 @@ def run(args: argparse.Namespace) -> None:
         fingerprint=model_fingerprint(args.model),
         seed=args.seed,
         config=config,
-        dtype=args.dtype,
+        dtype="the servers'" if args.server else args.dtype,
+        **_prompt_facts(args),
     )
     quarantine = open_quarantine(args)
     root = args.image_root or input_folder(args.questions)
+    rows = PromptedRows(_read(args, quarantine), args.prompt_style, args.language)
+    # before the model is loaded: is this the same run, and is anything left to do?
+    plan = sample.plan_sampling(rows, output=args.output, config=config, run=run, root=root)
+    if sample.only_bad_left(plan.pending, quarantine):
+        quarantine.check(len(rows) + quarantine.count)
+        print(f"{args.output} is complete: {plan.done} questions x {config.n}")
+        tell_bad(quarantine)
+        return
+    report = sample.SampleReport()
+    sampler = _open(args)
+    try:
+        for _ in sample.sample_batches(
+            *(plan, sampler, quarantine),
+            report=report,
+            batch_questions=args.batch_questions,
+        ):
+            pass
+    finally:
+        sampler.close()
+    _print_sample(args.output, report, config)
+    _print_styles(args.prompt_style, report)
+    tell_image_root(sample.first_image(args.output), args.output)
+    tell_bad(quarantine)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise UserError for options that cannot be honoured."""
+    for name in ("batch_questions", "limit", "max_model_len", "concurrency"):
+        value = vars(args)[name]
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    for name in ("server_timeout", "server_patience"):
+        value = vars(args)[name]
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; give seconds, above 0")
+    if args.language != "auto" and args.prompt_style == "none":
+        raise UserError("--language has no meaning without a --prompt-style")
+    refuse_overwrite(args.questions, args.output)
+    for name in _OF_SERVERS:
+        if not args.server and vars(args)[name] is not None:
+            raise UserError(f"--{name.replace('_', '-')} has no meaning without --server")
+    for name, default in _OF_AN_ENGINE.items():
+        if args.server and vars(args)[name] != default:
+            raise UserError(
+                f"--{name.replace('_', '-')} has no meaning with --server: servers are started "
+                "with options of their own"
+            )
+
+
+def _prompt_facts(args: argparse.Namespace) -> dict[str, str]:
+    if args.prompt_style == "none":
+        return {}
+    return {"prompt_style": args.prompt_style, "language": args.language}
+
+
+def _read(args: argparse.Namespace, quarantine: Quarantine) -> Rows | Selection:
     rows = read_rows(
         args.questions,
         kind="question",
         quarantine=quarantine,
         image_root=args.image_root,
         limit=args.limit,
-    )[: args.limit]
-    # before the model is loaded: is this the same run, and is anything left to do?
-    resumable.check_same_run(args.output, run)
-    done = resumable.recover(args.output, config.n)
-    if sample.only_bad_left(sample.pending_rows(rows, done, args.output, root), quarantine):
-        quarantine.check(len(rows) + quarantine.count)
-        print(f"{args.output} is complete: {len(done)} questions x {config.n}")
-        tell_bad(quarantine)
-        return
-    sampler = open_sampler(
-        args.model,
-        backend=args.backend,
-        seed=args.seed,
-        max_model_len=args.max_model_len,
-        dtype=args.dtype,
     )
-    try:
-        report = sample.sample_questions(
-            rows,
-            sampler,
-            output=args.output,
-            config=config,
-            run=run,
-            quarantine=quarantine,
-            root=root,
-            batch_questions=args.batch_questions,
+    return rows if args.limit is None else rows[: args.limit]
+
+
+def _open(args: argparse.Namespace) -> StreamSampler:
+    """The sampler: an engine in this process, or servers."""
+    if not args.server:
+        from internvl.sampler import open_sampler
+
+        return open_sampler(
+            args.model,
+            backend=args.backend,
+            seed=args.seed,
+            max_model_len=args.max_model_len,
+            dtype=args.dtype,
         )
-    finally:
-        sampler.close()
-    _print_sample(args.output, report, config)
-    tell_image_root(sample.first_image(args.output), args.output)
-    tell_bad(quarantine)
+    from internvl.server_sampler import open_servers
+
+    given: dict[str, Any] = {
+        "concurrency": args.concurrency,
+        "timeout": args.server_timeout,
+        "patience": args.server_patience,
+        "served_name": args.server_model,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    # nobody reads log-probabilities of rollouts, and in JSON they are most of an answer
+    return open_servers(args.model, args.server, seed=args.seed, logprobs=False, **given)
 
 
 def _print_sample(output: Path, report: SampleReport, config: SamplingConfig) -> None:
@@ -120,6 +213,13 @@ def _print_sample(output: Path, report: SampleReport, config: SamplingConfig) ->
         f" ({report.done_before} were there before), {report.tokens / max(1, completions):.1f}"
         f" tokens each, {share(report.cut_off, completions)} cut off at {config.max_tokens}"
     )
+
+
+def _print_styles(style: str, report: SampleReport) -> None:
+    own = {name: count for name, count in report.styles.items() if name != style}
+    if style != "none" and own:
+        told = ", ".join(f"{name} {count}" for name, count in sorted(own.items()))
+        print(f"{sum(own.values())} question(s) asked for a form themselves and kept it: {told}")
 
 
 COMMAND = Command("sample", "n completions per question, resumable", add_arguments, run)
