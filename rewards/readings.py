@@ -10,6 +10,7 @@ from fractions import Fraction
 
 from rewards.choices import match_choice, option_letter
 from rewards.display import quoted
+from rewards.grounding import read_places
 from rewards.lists import read_list
 from rewards.quantities import read_number
 from rewards.reasons import CannotJudge
@@ -43,21 +44,21 @@ def read_as(
     if matcher == "math":
         return _parsed(text, limit)
     if matcher in ("box", "point"):
-        return quoted(text)
+        return _places(text)
     return quoted(normalise(text))
 
 
 def _option(text: str, options: Sequence[str] | None) -> str:
     if not options:
         letter = option_letter(text)
-        return f"option {letter}" if letter else "no option letter"
+        return f"option {letter}" if letter else "no single option letter"
     for letter, option in zip(_LETTERS, options, strict=False):
         try:
             if match_choice(text, letter, options) == 1.0:
                 return f"option {letter}: {option}"
         except CannotJudge:  # a matcher of options may refuse some lists
             continue
-    return f"none of the {len(options)} options"
+    return f"no single one of the {len(options)} options"
 
 
 def _number(text: str) -> str:
@@ -65,6 +66,14 @@ def _number(text: str) -> str:
     if found is None:
         return "no number"
     return f"{_value(found.value)} {found.unit}".rstrip()
+
+
+def _places(text: str) -> str:
+    found = read_places(text)
+    if found is None:
+        return "no box and no point, or one that is malformed"
+    named = [("box", box) for box in found.boxes] + [("point", point) for point in found.points]
+    return ", ".join(f"{name} {' '.join(f'{at:g}' for at in place)}" for name, place in named)
 
 
 def _value(value: Fraction) -> str:

@@ -66,7 +66,7 @@ EXPLAINED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
             "options       A Paris · B London (listed by the question)",
             "matcher       choice: chosen by the options",
             "  choice      gold 'B' read as option B: London",
-            "answer read as none of the 2 options",
+            "answer read as no single one of the 2 options",
         ),
     ),
     (
@@ -90,6 +90,14 @@ EXPLAINED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
             "data set",
             "outcome       correct, decided by exact, score 1",
             "reward        1",
+        ),
+    ),
+    (
+        ("--answer", "[[0, 0, 10, 10]]", "--matcher", "box"),
+        (
+            "  box         gold '[[0, 0, 10, 10]]' read as box 0 0 10 10",
+            "answer read as no box and no point",
+            "score 0 (a match from 0.5 on): no match",
         ),
     ),
     (

@@ -128,7 +128,8 @@ ROWS = [
     ("docvqa", "1234567890", "1234567891", "wrong", "anls"),
     ("docvqa", "May 12, 1998", "May 12, 1999", "wrong", "anls"),
     ("docvqa", "May 12, 1998", "May 12 1998", "correct", "anls"),
-    ("sroie", "25/12/2018", "25-12-2018", "correct", "vqa"),
+    ("sroie", "NO 12, JALAN INDAH", "No. 12, Jalan Indah", "correct", "vqa"),
+    ("sroie", "25/12/2018", "25/12/2013", "wrong", "list"),
     ("sroie", ["TAN CHAY YEE", "9.00"], '["9.00", "Tan Chay Yee"]', "correct", "list"),
     # letters, numbers, formulas and words in one data set
     ("geoqa+", "B", "(B)", "correct", "choice"),
