@@ -23,60 +23,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
 
-from rewards.answers import (
-    MAX_ANSWER,
-    answer_after,
-    boxes_opened,
-    bracket_end,
-    has_more,
-    has_verb,
-    last_box,
-    peel,
-    peel_line,
-    readable,
-)
+from rewards.answers import MAX_ANSWER, bracket_end, has_more, has_verb, peel_line, readable
+from rewards.marked import boxed, marked
 from rewards.phrases import said
-from rewards.places import coordinates_only, tagged_places
+from rewards.places import coordinates_only, lone_place, tagged_places
+from rewards.reading import (
+    IN_A_SENTENCE,
+    MORE,
+    NO_ANSWER,
+    TWO,
+    UNMARKED,
+    Extraction,
+    Style,
+    found_at,
+    nothing,
+)
 from rewards.thinking import after_think, in_answer_tag
 
-Style = Literal["final", "boxed", "r1", "letter", "short", "box", "prose", "none"]
 STYLES = ("auto", "final", "boxed", "r1", "letter", "short", "box")
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """What was read from one completion.
-
-    text: the final answer without markdown and closing punctuation, None where there is none.
-    style: where it was found ("prose": "the answer is ..", which no prompt style asks for; "short":
-    the completion is nothing but the answer). format_ok: a prompt style was followed as asked.
-    fault: why it was not, or why nothing was read, in one sentence.
-    """
-
-    text: str | None
-    style: Style
-    format_ok: bool
-    fault: str | None = field(default=None, compare=False, repr=False)
-
-
-NO_ANSWER = "no final answer"
-UNMARKED = "the completion is an answer, but no final answer was marked"
-TWO = "two final answers"
-MORE = "text after the final answer"
-IN_A_SENTENCE = "the answer stands in a sentence, not after 'Final answer:'"
-
-
-def nothing(fault: str = NO_ANSWER) -> Extraction:
-    """The finding that there is no answer."""
-    return Extraction(None, "none", False, fault)
-
-
-def found_at(text: str, style: Style, fault: str | None) -> Extraction:
-    """An answer; the format was followed unless there is a fault."""
-    return Extraction(text, style, fault is None, fault)
 
 
 def extract(completion: str, style: str = "auto") -> Extraction:
@@ -133,7 +98,7 @@ def _r1(text: str, low: str, fault: str | None, *, strict: bool) -> Extraction:
     if tagged:
         found = _tagged(*tagged)
     else:
-        found = _boxed(text, low) if strict else _auto(text, low)
+        found = boxed(text, low) if strict else _auto(text, low)
         if found.text is None and strict:
             found = _auto(text, low)
             fault = fault or "the answer is not boxed, as style r1 asks"
@@ -143,7 +108,7 @@ def _r1(text: str, low: str, fault: str | None, *, strict: bool) -> Extraction:
 def _tagged(inner: str, tail: str, closed: bool) -> Extraction:
     """The answer that <answer> .. </answer> holds; it may be marked or boxed in there."""
     inner = inner.strip()
-    found = _marked(inner, _lower(inner))
+    found = marked(inner, _lower(inner))
     answer = found.text if found.text is not None else peel_line(inner)
     if not answer:
         return nothing("<answer> holds nothing")
@@ -151,93 +116,8 @@ def _tagged(inner: str, tail: str, closed: bool) -> Extraction:
     return found_at(answer, "prose", fault)
 
 
-# Marked answers: "Final answer:" and boxes
-
-# The marker may be bold or a heading ("**Final Answer** \n 9"), its colon half or full width.
-# or a line of its own. Both patterns begin with plain text: that is what makes them fast.
-_FINAL = re.compile(
-    r"final[\s*_]{1,4}answers?(?:(?:\s{0,2}\([^()\n]{0,30}\))?(?:\s{1,3}is)?[\s*_`]{0,4}[:：=]"
-    r"|(?P<heading>[ \t*_#`.]{0,6}(?=\n)))"
-)
-_FINAL_CN = re.compile(
-    r"答案(?:[\s*_`]{0,4}(?:应?[是为])?[\s*_`]{0,3}[:：=]|】[:：]?"
-    r"|(?P<heading>[ \t*_#`]{0,6}(?=\n)))"
-)
-_BEFORE_HEADING = re.compile(
-    r"[ \t>#*_`-]*(?:(?:step )?\d{1,2}[.:)] ?)?[*_]*(?:the |最终|最終|最后的?|正确)?"
-)
-_HASHES = re.compile(r"#{4}[ \t]{0,3}([-+$€£]?\d[\d,./]{0,30}%?)[ \t*_`]{0,4}(?=\n|$)")
-_LETTER_AND_TEXT = re.compile(r"(\(?[A-Z]\)?)\s?[(（][^()（）]{1,200}[)）]")
-_MAX_EMPTY_MARKERS = 16
-
-
-def _marked(text: str, low: str, *, boxes: bool = True) -> Extraction:
-    """The answer after the last marker, or in the last box where that comes later.
-
-    boxes: a box that stands apart from the marker's answer counts (it does unless the prompt asked
-    for the marker).
-    """
-    marks = [m.span() for m in _FINAL.finditer(low) if _is_mark(m)] if "final" in low else []
-    if "答案" in low:
-        marks = sorted([*marks, *(m.span() for m in _FINAL_CN.finditer(low) if _is_mark(m))])
-    box = last_box(text) if "\\boxed" in text or "\\fbox" in text else None
-    if not marks:
-        return _boxed(text, low) if boxes and box else nothing()
-    stop = len(text)
-    for start, end in reversed(marks[-_MAX_EMPTY_MARKERS:]):
-        inside = box is not None and end <= box[0] < stop
-        apart = inside and box is not None and _stands_apart(text[end : box[0]])
-        if box is not None and inside and apart and boxes:
-            return found_at(peel(box[2]), "boxed", TWO)
-        if box is not None and inside and not apart:
-            answer, more = peel(box[2]), has_more(text[box[1] : stop])
-            several = boxes_opened(text[end:stop]) > 1
-        else:
-            answer, more = answer_after(text[end:stop])
-            several = False
-        if answer:
-            fault = TWO if len(marks) > 1 or several else MORE if more else None
-            return found_at(_bare_letter(answer), "final", fault)
-        stop = start
-    found = _boxed(text, low) if boxes else nothing()
-    return found if found.text is not None else nothing("nothing follows the final answer's marker")
-
-
-def _is_mark(mark: re.Match[str]) -> bool:
-    """Whether a marker without a colon has its line to itself."""
-    if mark["heading"] is None:
-        return True
-    line = mark.string[max(0, mark.start() - 24) : mark.start()].rpartition("\n")
-    if mark.start() > 24 and not line[1]:
-        return False
-    return _BEFORE_HEADING.fullmatch(line[2]) is not None
-
-
-def _bare_letter(answer: str) -> str:
-    """ "B" of "B (red)"; any other answer as it is."""
-    if answer[-1] in ")）" and (found := _LETTER_AND_TEXT.fullmatch(answer)):
-        return found[1]
-    return answer
-
-
-def _stands_apart(between: str) -> bool:
-    """Whether a box is an answer of its own, by the text between the marker and it."""
-    between = between.strip(" \t\n*$")
-    return "\n" in between and not between.endswith((":", "：", "=", " is", " are"))
-
-
-def _boxed(text: str, low: str) -> Extraction:
-    if "\\boxed" not in text and "\\fbox" not in text:
-        return nothing("nothing is boxed, as style boxed asks")
-    box = last_box(text)
-    answer = peel(box[2]) if box else ""
-    if not answer:
-        return nothing("the box is empty or never closed")
-    return found_at(answer, "boxed", TWO if boxes_opened(text) > 1 else None)
-
-
 def _final(text: str, low: str) -> Extraction:
-    found = _marked(text, low, boxes=False)
+    found = marked(text, low, boxes=False)
     if found.text is None and (phrase := said(text, low, final=True)):
         return found_at(phrase.text, "final", MORE if phrase.more else None)
     return found
@@ -245,13 +125,20 @@ def _final(text: str, low: str) -> Extraction:
 
 # Answers without a marker
 
+_HASHES = re.compile(r"#{4}[ \t]{0,3}([-+$€£]?\d[\d,./]{0,30}%?)[ \t*_`]{0,4}(?=\n|$)")
+
 _LETTER = re.compile(r"[(\[（]?([A-Z])[)\]）]?[.。:：,，]?")
+_SMALL_LETTER = re.compile(r"[(\[（]?([a-z])[)\]）]?")
+_LETTERS = re.compile(
+    r"[A-J](?:(?:\s?[,，、/&]\s?|\s)?(?:(?:and|和)\s?)?[A-J]){1,8}"
+)  # "A, C" · "ACD"
+_OPTION = re.compile(r"(?:option|choice|选项)\s{0,2}(?=[(\[（]?[A-Z]\b)", re.IGNORECASE)
 _LETTER_THEN_TEXT = re.compile(
     r"\(?[A-J](?:\)[.:]?|[.:：、])\s{0,3}(?!(?:is|was|are|can|cannot|does|has|and|or|would)\b)\S.*"
 )
 _LONGEST_LETTER = 300  # characters of an option with its text
 _BARE = re.compile(
-    r"[-+−~≈]?\s?[$€£¥]?\d[\d,.]{0,20}(?:\s?[/:×xX-]\s?\d[\d,.]{0,20}){0,3}"  # 42 · 3/4 · 3:4
+    r"[-+−~≈]?\s?[$€£¥]?\d(?:[\d,.]{0,20}\d)?(?:\s?[/:×xX-]\s?\d[\d,.]{0,20}){0,3}"  # 42 · 3/4
     r"(?:\s?%|\s?[°$€£¥℃]?[CFKk]?|\s?[^\W\d_]{1,15}(?:[/^][\w^-]{1,6}|[²³])?"
     r"|\s(?:square|cubic|sq|degrees?|million|billion|thousand|hundred|percentage|per|US)"
     r"\.?\s[^\W\d_]{1,15})"
@@ -264,8 +151,11 @@ _LONGEST_CJK_WORD = 4  # characters without a space: five may be a sentence
 
 def _unmarked(core: str) -> Extraction:
     """A completion that is nothing but an option's letter or a short answer."""
-    if _LETTER.fullmatch(core):
-        return found_at(core.strip("()[]（）.。:：,，"), "letter", None)
+    core = _OPTION.sub("", core, count=1)
+    if alone := _LETTER.fullmatch(core):
+        return found_at(alone[1], "letter", None)
+    if _LETTERS.fullmatch(core) and _in_order(core):
+        return found_at(core, "letter", None)
     if len(core) <= _LONGEST_LETTER and _LETTER_THEN_TEXT.fullmatch(core):
         return found_at(core, "letter", None)
     if core[:1] in ("[", "{") and re.search(r"[\d,\"']", core) and bracket_end(core) == len(core):
@@ -279,6 +169,12 @@ def _unmarked(core: str) -> Extraction:
     ):
         return found_at(core, "short", UNMARKED)
     return nothing()
+
+
+def _in_order(letters: str) -> bool:
+    """Whether letters are a set of options ("ACD"), not a word ("BAD")."""
+    named = [letter for letter in letters if "A" <= letter <= "J"]
+    return named == sorted(set(named))
 
 
 def _is_word(core: str) -> bool:
@@ -306,7 +202,7 @@ def _spoken(text: str, low: str, *, doubtful: bool) -> Extraction:
 
 
 def _auto(text: str, low: str) -> Extraction:
-    found = _marked(text, low)
+    found = marked(text, low)
     if found.text is not None:
         return found
     spoken = _spoken(text, low, doubtful=False)
@@ -328,10 +224,13 @@ def _auto(text: str, low: str) -> Extraction:
 
 def _letter(text: str, low: str) -> Extraction:
     """An option's letter: alone, marked, in a sentence, or in the first or the last line."""
-    found = _unmarked(peel_line(text)) if _may_be_bare(text) else nothing()
+    core = peel_line(text) if _may_be_bare(text) and "\\boxed" not in text else ""
+    found = _unmarked(core)
     if found.style == "letter":
         return found
-    for other in (_marked(text, low), _spoken(text, low, doubtful=False)):
+    if small := _SMALL_LETTER.fullmatch(core):
+        return found_at(small[1].upper(), "letter", None)
+    for other in (marked(text, low), _spoken(text, low, doubtful=False)):
         if other.text is None:
             continue
         inner = _unmarked(other.text) if len(other.text) <= _LONGEST_LETTER else nothing()
@@ -352,7 +251,7 @@ _LONGEST_PHRASE = 100
 
 def _short(text: str, low: str) -> Extraction:
     """The whole completion, unless an answer is marked in it or given in a sentence."""
-    for found in (_marked(text, low), _spoken(text, low, doubtful=False)):
+    for found in (marked(text, low), _spoken(text, low, doubtful=False)):
         if found.text is not None:
             return found_at(found.text, found.style, "more than the word or phrase that was asked")
     core = peel_line(text)
@@ -369,13 +268,15 @@ def _box(text: str, low: str) -> Extraction:
     """Tagged places, else a final answer, else a completion that is nothing but coordinates."""
     if places := tagged_places(text):
         return found_at(places[0], "box", None if places[1] else TWO)
-    for found in (_marked(text, low), _spoken(text, low, doubtful=False)):
+    for found in (marked(text, low), _spoken(text, low, doubtful=False)):
         if found.text is not None:
             return found_at(found.text, found.style, "the answer is no <box>, as style box asks")
     core = peel_line(text)
     if coordinates_only(core):
         return found_at(core, "box", None)
     found = _auto(text, low)
+    if found.text is None and (place := lone_place(text)):
+        return found_at(place, "box", "the place is not tagged, and not all there is")
     fault = "the answer is no <box>, as style box asks"
     return found if found.text is None else found_at(found.text, found.style, fault)
 
@@ -383,7 +284,7 @@ def _box(text: str, low: str) -> Extraction:
 _READERS: dict[str, Callable[[str, str], Extraction]] = {
     "auto": _auto,
     "final": _final,
-    "boxed": _boxed,
+    "boxed": boxed,
     "letter": _letter,
     "short": _short,
     "box": _box,

@@ -11,6 +11,11 @@ _COORDINATES = re.compile(
     r"coordinates?|left|top|right|bottom|width|height|json|x|y|w|h|[xy][12]|[xy]_?m(?:in|ax))\b)+",
     re.IGNORECASE,
 )
+_N = r"\s{0,3}-?\d{1,9}(?:\.\d{1,9})?\s{0,3}"
+_LONE = re.compile(
+    rf"\[{{1,2}}{_N}(?:,{_N}){{3}}\]{{1,2}}|\({_N},{_N}\)(?:\s{{0,3}},?\s{{0,3}}\({_N},{_N}\))?"
+    rf"|\({_N}(?:,{_N}){{3}}\)"
+)
 _MAX_BETWEEN = 300  # characters between two tags of one answer
 _MAX_COORDINATES = 2000
 
@@ -35,6 +40,16 @@ def tagged_places(text: str) -> tuple[str, bool] | None:
 
 def _adjacent(between: str) -> bool:
     return len(between) <= _MAX_BETWEEN and _BETWEEN.fullmatch(between) is not None
+
+
+def lone_place(text: str) -> str | None:
+    """The one place in a text that is not tagged, "It is at [1, 2, 3, 4]"; None for several."""
+    found = []
+    for place in _LONE.finditer(text):
+        found.append(place[0])
+        if len(found) > 1:
+            return None
+    return found[0] if found else None
 
 
 def coordinates_only(text: str) -> bool:
