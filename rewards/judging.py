@@ -7,8 +7,9 @@ alone is tried by `exact`), and a completion without an answer needs no judge.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -18,7 +19,7 @@ from rewards.verdict import Outcome, Task, Verdict, request_fault, task_of
 
 JUDGE = "judge"
 ASK_WHEN = ("named", "cannot_judge")
-_AT_ONCE = 2048  # completions that are judged together
+_AT_ONCE = 2048  # verdicts that are looked at together
 _LEFT_ALONE = (Outcome.CORRECT, Outcome.NO_ANSWER)
 
 
@@ -67,46 +68,59 @@ def judge_records(
     """
     if ask_when not in ASK_WHEN:
         raise ValueError(f"ask_when is {ask_when!r}; one of: {', '.join(ASK_WHEN)}")
-    items = iter(asked)
-    while part := list(islice(items, _AT_ONCE)):
-        yield from _judge_part(part, pool, judge, ask_when == "cannot_judge", style)
+    waiting: deque[_Asked] = deque()  # handed to the pool, which keeps the order
 
+    def tasks() -> Iterator[Task]:
+        for record, completion in asked:
+            by_rule, named = _by_rule(record)
+            if named and judge is None:
+                raise ValueError(judging_fault(record, has_judge=False))
+            task = task_of(by_rule, completion, style=style)
+            if judge is not None:
+                waiting.append(_Asked(record, task, named))
+            yield task
 
-def _judge_part(
-    part: Sequence[tuple[Mapping[str, Any], str]],
-    pool: VerifierPool,
-    judge: Judge | None,
-    open_ones_too: bool,
-    style: str,
-) -> list[Verdict]:
-    tasks, named = list[Task](), list[bool]()
-    for record, completion in part:
-        by_rule, named_here = _by_rule(record)
-        if named_here and judge is None:
-            raise ValueError(judging_fault(record, has_judge=False))
-        tasks.append(task_of(by_rule, completion, style=style))
-        named.append(named_here)
-    verdicts = list(pool.map(tasks))
+    verdicts = iter(pool.map(tasks()))
     if judge is None:
-        return verdicts
-    places = [
-        index
-        for index, verdict in enumerate(verdicts)
-        if (named[index] and verdict.outcome not in _LEFT_ALONE)
-        or (open_ones_too and verdict.outcome == Outcome.CANNOT_JUDGE)
-    ]
-    questions = []
-    for index in places:
-        prediction = verdicts[index].extracted
-        assert prediction is not None  # only no_answer has none
-        record, options = part[index][0], None
-        if record.get("options") is not None:
-            options = tasks[index].options
-        text = str(record.get("question", ""))
-        questions.append(JudgeQuestion(text, tasks[index].answers, prediction, options))
-    for index, judgement in zip(places, judge.ask(questions), strict=True):
-        verdicts[index] = by_judge(verdicts[index], judgement.correct, judgement.reason)
+        yield from verdicts
+        return
+    while part := list(islice(verdicts, _AT_ONCE)):
+        pairs = [(waiting.popleft(), verdict) for verdict in part]
+        yield from _by_judge(pairs, judge, open_ones_too=ask_when == "cannot_judge")
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a verdict is of. named: the question names the judge."""
+
+    record: Mapping[str, Any]
+    task: Task
+    named: bool
+
+
+def _by_judge(
+    pairs: Sequence[tuple[_Asked, Verdict]], judge: Judge, *, open_ones_too: bool
+) -> list[Verdict]:
+    """The verdicts, those that are the judge's affair with what it says of them."""
+    verdicts = [verdict for _, verdict in pairs]
+    places, questions = [], []
+    for place, (asked, verdict) in enumerate(pairs):
+        open_one = open_ones_too and verdict.outcome == Outcome.CANNOT_JUDGE
+        if open_one or (asked.named and verdict.outcome not in _LEFT_ALONE):
+            places.append(place)
+            questions.append(_question(asked, verdict))
+    for place, judgement in zip(places, judge.ask(questions), strict=True):
+        verdicts[place] = by_judge(verdicts[place], judgement.correct, judgement.reason)
     return verdicts
+
+
+def _question(asked: _Asked, verdict: Verdict) -> JudgeQuestion:
+    assert verdict.extracted is not None  # only no_answer has none
+    record, task = asked.record, asked.task
+    # those that its text lists itself are in the text
+    options = None if record.get("options") is None else task.options
+    text = str(record.get("question", ""))
+    return JudgeQuestion(text, task.answers, verdict.extracted, options)
 
 
 def by_judge(verdict: Verdict, correct: bool | None, reason: str | None) -> Verdict:

@@ -45,12 +45,13 @@ def load_reward(path: str) -> RewardFunction:
         hint = f"did you mean {near[0]!r}?" if near else f"built in are: {', '.join(BUILT_IN)}"
         raise ValueError(f"reward {path!r} is no import path 'package.module:function'; {hint}")
     module = _import(path, module_name)
-    # the module's own namespace, as `from module import name` reads it
-    found = module.__dict__.get(name)
-    if found is None:
-        near = difflib.get_close_matches(name, module.__dict__, n=1)
+    try:
+        found = getattr(module, name)  # as `from module import name` does; a module may be lazy
+    except AttributeError:
+        near = difflib.get_close_matches(name, dir(module), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"reward {path!r}: {module.__file__} has no {name!r}{hint}")
+        where = module.__file__ or module_name
+        raise ValueError(f"reward {path!r}: {where} has no {name!r}{hint}") from None
     if fault := _signature_fault(found):
         raise ValueError(f"reward {path!r} {fault}; a reward function is {SIGNATURE}")
     function: RewardFunction = found

@@ -184,8 +184,10 @@ class RLConfig(PackedTrainingArguments):
                 raise UserError(f"{option} is given, but repetition is not among reward_funcs")
         if self.verifier_workers < 1:
             raise UserError(f"verifier_workers is {self.verifier_workers}, at least 1")
-        if not 0 < self.verifier_limit < math.inf:
-            raise UserError(f"verifier_limit is {self.verifier_limit:g}; seconds, above 0")
+        if not 0 < self.verifier_limit <= 3600:
+            raise UserError(
+                f"verifier_limit is {self.verifier_limit:g}; seconds, above 0 and at most 3600"
+            )
         self._check_judge()
 
     def _check_judge(self) -> None:

@@ -131,7 +131,9 @@ def parity(asked: Any) -> Any:
     return [Verdict(o, None, "exact", float(o == "correct"), False) for o in outcomes]
 
 
-def _child(stage: str, config: Path, output_dir: Path, log: Path, kill: Kill | None) -> None:
+def _child(
+    stage: str, config: Path, output_dir: Path, log: Path, kill: Kill | None, by_parity: bool
+) -> None:
     with log.open("wb") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
@@ -147,7 +149,8 @@ def _child(stage: str, config: Path, output_dir: Path, log: Path, kill: Kill | N
         def __init__(self, rows: Any, terms: Any, verify: Any) -> None:
             super().__init__(rows, terms, parity)
 
-    trainer.Rewarder = ByParity  # type: ignore[misc]
+    if by_parity:
+        trainer.Rewarder = ByParity  # type: ignore[misc]
     if kill is not None:
         kill(output_dir)
     sys.argv = [stage, "--config", str(config)]
@@ -156,10 +159,14 @@ def _child(stage: str, config: Path, output_dir: Path, log: Path, kill: Kill | N
 
 @dataclass
 class StageRun:
-    """One stage with its options, in an output folder of its own."""
+    """One stage with its options, in an output folder of its own.
+
+    by_parity: whether the online stage judges by `parity`, and not by the rules.
+    """
 
     stage: str
     options: dict[str, Any]
+    by_parity: bool = True
 
     @property
     def folder(self) -> Path:
@@ -173,7 +180,8 @@ class StageRun:
         log = self.folder.with_suffix(".log")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        process = context.Process(target=_child, args=(self.stage, config, self.folder, log, kill))
+        words = (self.stage, config, self.folder, log, kill, self.by_parity)
+        process = context.Process(target=_child, args=words)
         process.start()
         process.join(SECONDS if seconds is None else seconds)
         hung = process.is_alive() and seconds is None

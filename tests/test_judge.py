@@ -188,7 +188,7 @@ def test_a_judge_that_fails(
     judge = make(cache=tmp_path / "kept.sqlite", **options)
     started = time.monotonic()
     assert judge.ask([QUESTION]) == [expected]
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < 4.5
     assert len(server.requests) == requests
     if expected.correct is None:
         server.answers = [RIGHT]

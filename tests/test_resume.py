@@ -10,6 +10,7 @@ import json
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,48 @@ def test_lora_killed_while_it_saves(make: Make) -> None:
     assert run.start(InSave(6)).code == KILLED
     run.finish()
     assert_same_result(run, reference)
+
+
+OWN_REWARD = """
+def even(prompts, completions, *, completion_ids, answer, trainer_state, **columns):
+    assert len(answer) == len(prompts) and 0 <= trainer_state.global_step < trainer_state.max_steps
+    return [float(sum(ids) % 2 == 0) for ids in completion_ids]
+"""
+
+
+def test_rl_with_a_reward_of_ones_own(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command itself, judging by rules: a module of the working directory, and all built in."""
+    (tmp_path / "mine.py").write_text(OWN_REWARD)
+    monkeypatch.chdir(tmp_path)
+    names = ["accuracy", "format", "overlong", "repetition", "mine:even"]
+    changes: dict[str, Any] = {"max_steps": 2, "soft_punish_cache": 4, "log_completions": True}
+    changes |= {"reward_funcs": names, "repetition_ngram": 1, "logging_steps": 1}
+    run = replace(make("rl", **changes), by_parity=False)
+    run.finish()
+    lines = (run.folder / "rollouts" / "rank0.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) == 4
+    for record in records:
+        terms = record["terms"]
+        assert list(terms) == ["accuracy", "format", "overlong", "repetition", "even"]
+        for index, ids in enumerate(record["completions"]):
+            assert terms["overlong"][index] == min(0.0, (4 - len(ids)) / 4)
+            assert terms["repetition"][index] == pytest.approx(len(set(ids)) / len(ids) - 1)
+            assert terms["even"][index] == float(sum(ids) % 2 == 0)
+            weighted = zip((1, 0.1, 1, 1, 1), (terms[name][index] for name in terms), strict=True)
+            assert record["rewards"][index] == pytest.approx(sum(w * v for w, v in weighted))
+    first = run.logged()[0]
+    evens = [value for record in records for value in record["terms"]["even"]]
+    assert first["rewards/even/mean"] == pytest.approx(sum(evens) / len(evens))
+    assert first["outcomes/no_answer"] + first["outcomes/wrong"] == 1.0
+    assert first["grad_norm"] > 0
+    # what a judge is asked through may change when a run goes on; what is rewarded may not
+    others = {**run.options, "verifier_workers": 3, "repetition_ngram": 2}
+    ended = replace(run, options=others).start()
+    assert ended.code == 2 and "repetition_ngram: 1 then, 2 now" in ended.text
+    assert "verifier_workers" not in ended.text
 
 
 @pytest.mark.slow
