@@ -60,7 +60,7 @@ def _groups(groups: list[Group]) -> Table:
         answer = "none" if first.extracted is None else one_line(first.extracted, 28)
         table.add_row(
             f"{group.count:,}",
-            number(group.likelihood),
+            number(group.likelihood) if group.kind.startswith("false") else "",
             _plain(group.pattern),
             _plain(one_line(group.dataset, 36)),
             _plain(f"{one_line(first.gold, 28)} · {answer} · {first.line}"),
@@ -97,4 +97,4 @@ def _plain(text: str) -> str:
     """A text that the table takes as it is: square brackets are no markup."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape(visible(text))

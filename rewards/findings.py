@@ -172,6 +172,8 @@ def has_words(text: str, words: str) -> bool:
 
     >>> has_words("5 apples", "5"), has_words("15", "5"), has_words("5.5", "5")
     (True, False, False)
+    >>> has_words("5^2", "5")
+    False
     """
     position = text.find(words) if words else -1
     for _ in range(100):
@@ -188,7 +190,7 @@ def _goes_on(near: str, edge: str) -> bool:
     """Whether a word or a number goes on past its edge; `near` reads away from it."""
     if not near or not (edge.isalnum() and edge.isascii()):
         return False
-    if near[0].isalnum() and near[0].isascii():
+    if (near[0].isalnum() and near[0].isascii()) or near[0] in "^*":
         return True
     return edge.isdigit() and near[0] in ".,/-" and (near[0] == "-" or near[1:2].isdigit())
 
