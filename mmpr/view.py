@@ -171,7 +171,7 @@ def _charts(columns: Columns, facts: dict[str, Any], cards: Sequence[Card]) -> l
         if isinstance(picture, Thumbnail)
     )
     counts = {str(number): tiles[number] for number in sorted(tiles)}
-    charts.append(categories("Tiles of a picture, thumbnail counted", counts, "of those shown"))
+    charts.append(categories("Tiles a picture", counts, "of those shown"))
     return [chart for chart in charts if chart is not None]
 
 

@@ -18,7 +18,7 @@ from internvl.errors import DataError
 from internvl.thumbnails import Thumbnail, make_thumbnail
 from mmpr.token_counts import picture_budget
 from mmpr.view_draw import is_mixed
-from mmpr.view_marks import Marked, Run, cut_text, mark_difference
+from mmpr.view_marks import Marked, Run, cut_text, mark_difference, mark_slots
 
 MOST_PICTURES = 8  # of a record; the others are counted
 FEW_WORDS = 6  # that differ: hardly any
@@ -95,7 +95,7 @@ def make_card(rows: Sequence[Row], kind: str, settings: PictureSettings) -> Card
         name=str(data.get("id") or ""),
         data_set=str(data["dataset"]),
         where=f"{row.file.name}:{row.line}",
-        question=cut_text(data["question"]),
+        question=mark_slots(data["question"]),
         system=str(data.get("system") or ""),
         pictures=pictures,
         more_pictures=more,
@@ -126,7 +126,7 @@ def _rollout_card(card: Card, records: Sequence[dict[str, Any]], *, judged: bool
         card,
         kinds=sorted({one.outcome for one in said}),
         only=[*_rollout_filters(records), *card.only],
-        facts=_right(said) if judged else [("completions", str(len(said)))],
+        facts=[*(_right(said) if judged else [("completions", str(len(said)))]), *_model(records)],
         said=said,
     )
 
@@ -139,7 +139,8 @@ def _texts(value: object) -> list[str]:
 
 def _lengths(data: dict[str, Any]) -> list[tuple[str, str]]:
     chosen, rejected = len(data["chosen"]), len(data["rejected"])
-    return [("characters", f"{chosen:,} and {rejected:,} ({chosen - rejected:+,})")]
+    difference = f"{chosen - rejected:+,}" if chosen != rejected else "equal"
+    return [("characters", f"{chosen:,} and {rejected:,} ({difference})")]
 
 
 def _right(said: Sequence[Said]) -> list[tuple[str, str]]:
@@ -147,18 +148,26 @@ def _right(said: Sequence[Said]) -> list[tuple[str, str]]:
     return [("right", f"{right} of {len(said)}")]
 
 
+def _model(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    names = sorted({str(record["model"]) for record in records if record.get("model")})
+    return [("model", ", ".join(names))] if names else []
+
+
 def _said(data: dict[str, Any]) -> Said:
     """A completion; without a verdict its finish reason stands where the outcome does."""
-    names = ("matcher", "score", "finish_reason", "reason", "model")
-    facts = [(name, str(data[name])) for name in names if data.get(name) not in (None, "")]
-    if data.get("format_ok") is False:
-        facts.insert(0, ("format", "not followed"))
+    facts = [(name, str(data[name])) for name in ("matcher", "reason") if data.get(name)]
+    if data.get("score") not in (None, 0, 1):
+        facts.append(("score", f"{data['score']:.2f}"))
+    if data.get("format_ok") is False and data.get("outcome") != "no_answer":
+        facts.append(("format", "not followed"))
+    if data.get("finish_reason") == "length":
+        facts.append(("", "cut off at the length limit"))
     extracted = data.get("extracted")
     return Said(
         runs=cut_text(data["completion"]),
         outcome=str(data.get("outcome") or data.get("finish_reason") or "not said"),
         extracted=None if extracted is None else str(extracted),
-        facts=[("characters", f"{len(data['completion']):,}"), *facts],
+        facts=[*facts, ("", f"{len(data['completion']):,} characters")],
     )
 
 

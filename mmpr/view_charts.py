@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _BINS = 24
+_LABEL_CHARACTERS = 64  # that stand beside each other under a chart
 WIDTH, HEIGHT = 460, 170  # of the drawing, its labels not counted
 
 
@@ -44,7 +45,8 @@ def histogram(
 ) -> Chart | None:
     """Counts by equal bins, the series side by side; the outermost bins hold what lies beyond.
 
-    signed: around 0. Bins reach from the 1st (or 0) to the 99th percentile. None without values.
+    signed: 0 is always in it. Bins reach from the 1st percentile (0, where that is
+    near) to the 99th. None without values.
     """
     import numpy as np
 
@@ -53,7 +55,7 @@ def histogram(
     if not len(everything):
         return None
     low, high = np.percentile(everything, (1, 99), method="lower").tolist()
-    low = min(0, low) if signed else 0
+    low = min(0, low) if signed or low < high / 2 else low
     step = nice_step(max(1, high - low) / _BINS)
     first = math.floor(low / step)
     number = max(1, math.floor(max(high, 0) / step) - first + 1)
@@ -83,7 +85,7 @@ def categories(title: str, counts: Mapping[str, int], note: str = "") -> Chart |
     if not sum(counts.values()):
         return None
     width = WIDTH / len(counts)
-    sparse = math.ceil(len(counts) / 13)
+    sparse = math.ceil(sum(len(name) + 2 for name in counts) / _LABEL_CHARACTERS)
     ticks = tuple(
         ((number + 0.5) * width, name) for number, name in enumerate(counts) if number % sparse == 0
     )

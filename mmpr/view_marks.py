@@ -10,13 +10,16 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
+
+from internvl.data.records import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 # a word or number with the white space behind it, so that a match never hangs on a space alone
 _WORD = re.compile(rf"(?:[{_CJK}]|\d+(?:[.,]\d+)*|[^\W\d{_CJK}]+|[^\s])\s*|\s+")
 _MOST_WORDS = 12_000  # of a text that is compared: beyond it the comparison takes 18 MB and more
-_ALIKE = 0.5  # below it a match of one or two words is chance
+_ALIKE = 0.5  # of the part that differs: below it a match of one or two words is chance
 _STRANGE = 0.15  # below it nothing is marked: all of it differs
 _LONG_SAME = 1500  # characters that both have, from which only the ends are shown
 _ENDS = 500  # characters shown of them at each end
@@ -24,7 +27,9 @@ _MOST_SHOWN = 12_000  # characters of a text on the page
 
 
 class Run(NamedTuple):
-    """A part of a text. kind: "same", "differs", or "left out" (then the text says how much)."""
+    """A part of a text. kind: "same", "differs", "slot" (a picture's place in a question), or
+    "left out" (then the text says how much).
+    """
 
     text: str
     kind: str
@@ -53,16 +58,10 @@ def mark_difference(chosen: str, rejected: str) -> Marked:
         note = f"more than {_MOST_WORDS:,} words: the difference is not marked"
         return Marked(cut_text(chosen), cut_text(rejected), note, len(first) + len(second))
     keys = [[word.strip() for word in words] for words in (first, second)]
-    alike = Indel.normalized_similarity(*keys)
-    if alike < _STRANGE:
+    if Indel.normalized_similarity(*keys) < _STRANGE:
         words = len(first) + len(second)
         return Marked(cut_text(chosen), cut_text(rejected), "hardly a word in common", words)
-    blocks = [
-        (op.tag == "equal", op.src_start, op.src_end, op.dest_start, op.dest_end)
-        for op in Indel.opcodes(*keys)
-    ]
-    if alike < _ALIKE:
-        blocks = _without_chance(blocks, len(first))
+    blocks = _blocks(*keys)
     halves = (_runs(first, [(same, a, b) for same, a, b, _, _ in blocks]),
               _runs(second, [(same, c, d) for same, _, _, c, d in blocks]))  # fmt: skip
     words = sum(b - a + d - c for same, a, b, c, d in blocks if not same)
@@ -73,30 +72,43 @@ def mark_difference(chosen: str, rejected: str) -> Marked:
 _Block = tuple[bool, int, int, int, int]
 
 
-def _without_chance(blocks: Sequence[_Block], length: int) -> list[_Block]:
-    """Matches of one or two words between differences are taken for differences."""
-    return [
-        (same and (end - start > 2 or start == 0 or end == length), start, end, left, right)
-        for same, start, end, left, right in blocks
-    ]
+def _blocks(first: list[str], second: list[str]) -> list[_Block]:
+    """What both have, and what not: (same, from and to in the first, from and to in the second).
+
+    Where the middle between the common ends is of other wording, a word or two in common there is
+    chance, and taken for different.
+    """
+    from rapidfuzz.distance import Indel
+
+    short = min(len(first), len(second))
+    head = next((n for n in range(short) if first[n] != second[n]), short)
+    tail = next((n for n in range(short - head) if first[-1 - n] != second[-1 - n]), short - head)
+    middle = first[head : len(first) - tail], second[head : len(second) - tail]
+    other_wording = Indel.normalized_similarity(*middle) < _ALIKE
+    blocks = [(True, 0, head, 0, head)]
+    for op in Indel.opcodes(*middle):
+        same = op.tag == "equal" and not (other_wording and op.src_end - op.src_start < 3)
+        here = (head + op.src_start, head + op.src_end)
+        blocks.append((same, *here, head + op.dest_start, head + op.dest_end))
+    ends = len(first), len(second)
+    blocks.append((True, ends[0] - tail, ends[0], ends[1] - tail, ends[1]))
+    return blocks
 
 
 def _runs(words: Sequence[str], blocks: Sequence[tuple[bool, int, int]]) -> list[Run]:
     """The words joined by kind; white space at the end of a difference is not part of it."""
     runs: list[Run] = []
-    for same, start, end in blocks:
-        text = "".join(words[start:end])
-        if not text:
+    filled = (block for block in blocks if block[1] < block[2])
+    for same, group in groupby(filled, key=lambda block: block[0]):
+        text = "".join("".join(words[start:end]) for _, start, end in group)
+        if same:
+            runs.append(Run(text, "same"))
             continue
-        bare = text if same else text.rstrip()
-        for piece, kind in ((bare, "same" if same else "differs"), (text[len(bare) :], "same")):
-            if not piece:
-                continue
-            if runs and runs[-1].kind == kind:
-                runs[-1] = Run(runs[-1].text + piece, kind)
-            else:
-                runs.append(Run(piece, kind))
-    return runs
+        bare = text.rstrip()
+        runs += [Run(bare, "differs")] if bare else []
+        runs += [Run(text[len(bare) :], "same")] if bare != text else []
+    return [Run("".join(run.text for run in group), kind)
+            for kind, group in groupby(runs, key=lambda run: run.kind)]  # fmt: skip
 
 
 def _shortened(runs: Sequence[Run]) -> list[Run]:
@@ -132,6 +144,13 @@ def _cut(runs: Sequence[Run]) -> list[Run]:
 def cut_text(text: str) -> list[Run]:
     """A text that is compared with none, cut where it is too long for the page."""
     return _cut([Run(text, "same")])
+
+
+def mark_slots(text: str) -> list[Run]:
+    """A question with the places of its pictures marked, cut where it is too long."""
+    parts = re.split(f"({re.escape(IMAGE_PLACEHOLDER)}|{re.escape(VIDEO_PLACEHOLDER)})", text)
+    kinds = ("same", "slot")  # re.split gives them in turn
+    return _cut([Run(part, kinds[number % 2]) for number, part in enumerate(parts) if part])
 
 
 def visible(text: str) -> Iterator[tuple[str, bool]]:
