@@ -23,10 +23,13 @@ _READABLE: dict[int, int | None] = {
     **dict.fromkeys(_UNSEEN),
     **dict.fromkeys(_SPACES, ord(" ")),
     **dict.fromkeys([0x85, 0x2028, 0x2029], ord("\n")),
+    0xFF0E: ord("."),
     **{code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF3B))},
     **{code: code - 0xFEE0 for code in range(0xFF41, 0xFF5B)},
 }
 _ODD = re.compile(f"[{''.join(map(re.escape, map(chr, _READABLE)))}]")
+
+_TOKEN = re.compile(r"<\|[\w ]{1,30}\|>|</s>")
 
 # An emoji beside an answer is no part of it ("9 🎉"); alone it is one.
 _EMOJI = "\u2600-\u27bf\u2b50\u2b55\ufe0f\U0001f000-\U0001faff"
@@ -69,7 +72,7 @@ _LEAD = re.compile(
 def readable(text: str) -> str:
     r"""A text without surrounding space and unseen characters; one kind of space and line end.
 
-    Full-width letters and digits become plain ones; the punctuation stays as it is.
+    Full-width letters, digits and full stops become plain ones; other punctuation stays.
 
     >>> readable("\uff22\u200b\r\n")
     'B'
@@ -78,7 +81,15 @@ def readable(text: str) -> str:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.isascii() and _ODD.search(text):
         text = text.translate(_READABLE)
-    return text.strip()
+    text = text.strip()
+    for _ in range(4):  # a chat template's tokens at the end, where the sampler left them
+        if not text.endswith(("|>", "</s>")):
+            break
+        token = _TOKEN.fullmatch(text, text.rfind("<"))
+        if token is None:
+            break
+        text = text[: token.start()].rstrip()
+    return text
 
 
 def peel(text: str) -> str:
@@ -86,6 +97,8 @@ def peel(text: str) -> str:
     if text.isalnum():
         return text
     text = clean(text.strip("*_` \t\n"))
+    if text[:1] == "【" and text[-1] == "】":
+        text = text[1:-1].strip()
     if not text.isascii() and len(text) <= MAX_ANSWER and _EMOJIS.search(text):
         text = _EMOJI_EDGES.sub("", text) or text
     return text if text.strip("*_`") else ""
@@ -132,6 +145,9 @@ def first_answer(line: str) -> tuple[str, str]:
     stop_cn = line.find("。", 1, 24)  # a longer answer may well be several sentences
     if 0 < stop_cn < cut and has_more(line[stop_cn + 1 :]):
         cut = stop_cn
+    for more_cn in ("【", "，因为", "，由于"):  # 【答案】C【解析】..
+        if 0 < (stop_cn := line.find(more_cn, 1, 24)) < cut:
+            cut = stop_cn
     return line[:cut], line[cut:].lstrip("*_`$.。,，;； ")
 
 
@@ -145,6 +161,13 @@ _VERB = re.compile(
 def has_verb(text: str) -> bool:
     """Whether a short text reads as a sentence: three words or more, one of them a common verb."""
     return (len(text.split()) >= 3 or not text.isascii()) and _VERB.search(text) is not None
+
+
+def box_answer(content: str) -> str:
+    """What a box holds as an answer, without "The answer is" before it."""
+    if "nswer" in content and (lead := _LEAD.match(peel(content))):
+        return peel(peel(content)[lead.end() :])
+    return peel(content)
 
 
 def answer_after(rest: str) -> tuple[str, bool]:
@@ -229,7 +252,7 @@ def bracket_end(text: str) -> int | None:
     return None
 
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?:\s{0,3}\{|\s{1,3}(-?[\w.]{1,40}))")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s{0,3}(?:\{|(-?\d[\w.]{0,40}|(?<=\s)[\w.]{1,40}))")
 
 
 def last_box(text: str) -> tuple[int, int, str] | None:

@@ -21,6 +21,7 @@ All of it is linear in the completion's length: it runs in the caller's process,
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 
@@ -145,7 +146,7 @@ _BARE = re.compile(
     r"|[\w.,:/%+$€£¥°'’&^\\{}()=<>|-]{1,40}"  # one word: Paris · 2019-05-01 · \frac{1}{2}
 )
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
-_CJK_PHRASE = re.compile(r"答案|\w是\w|无法|不能")
+_CJK_PHRASE = re.compile(r"答案|选|\w是\w|无法|不能")
 _LONGEST_CJK_WORD = 4  # characters without a space: five may be a sentence
 
 
@@ -159,7 +160,7 @@ def _unmarked(core: str) -> Extraction:
     if len(core) <= _LONGEST_LETTER and _LETTER_THEN_TEXT.fullmatch(core):
         return found_at(core, "letter", None)
     if core[:1] in ("[", "{") and re.search(r"[\d,\"']", core) and bracket_end(core) == len(core):
-        return found_at(core, "short", UNMARKED)
+        return found_at(_of_record(core), "short", UNMARKED)
     if (
         len(core) <= 80
         and _BARE.fullmatch(core)
@@ -169,6 +170,20 @@ def _unmarked(core: str) -> Extraction:
     ):
         return found_at(core, "short", UNMARKED)
     return nothing()
+
+
+def _of_record(core: str) -> str:
+    """The "answer" of a JSON object that has one; any other text as it is."""
+    try:
+        record = json.loads(core) if "answer" in core else None
+    except (ValueError, RecursionError):  # nested a thousand deep
+        return core
+    if isinstance(record, dict):
+        for key in ("final_answer", "answer"):
+            value = record.get(key)
+            if isinstance(value, str | int | float) and (answer := peel_line(str(value))):
+                return answer
+    return core
 
 
 def _in_order(letters: str) -> bool:

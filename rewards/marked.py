@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-from rewards.answers import answer_after, boxes_opened, has_more, last_box, peel
+from rewards.answers import answer_after, box_answer, boxes_opened, has_more, last_box
 from rewards.reading import MORE, TWO, Extraction, found_at, nothing
 
 # The marker may be bold or a heading ("**Final Answer** \n 9"), its colon half or full width.
 # or a line of its own. Both patterns begin with plain text: that is what makes them fast.
 _FINAL = re.compile(
-    r"final[\s*_]{1,4}answers?(?:(?:\s{0,2}\([^()\n]{0,30}\))?(?:\s{1,3}is)?[\s*_`]{0,4}[:：=]"
+    r"final[\s*_]{1,4}answers?(?:(?:\s{0,2}\([^()\n]{0,30}\))?(?:\s{1,3}is)?[\s*_`]{0,4}(?:[:：=→]|[-–—]\s)"
     r"|(?P<heading>[ \t*_#`.]{0,6}(?=\n)))"
 )
 _FINAL_CN = re.compile(
@@ -20,7 +20,10 @@ _FINAL_CN = re.compile(
 _BEFORE_HEADING = re.compile(
     r"[ \t>#*_`-]*(?:(?:step )?\d{1,2}[.:)] ?)?[*_]*(?:the |最终|最終|最后的?|正确)?"
 )
-_LETTER_AND_TEXT = re.compile(r"(\(?[A-Z]\)?)\s?[(（][^()（）]{1,200}[)）]")
+_LETTER_AND_TEXT = re.compile(
+    r"(?:[Oo]ption\s)?(\(?[A-Z]\)?)(?:\s?[(（][^()（）]{1,200}[)）]"
+    r"|\s?(?:is|是)\s?(?:the\s)?(?:correct|right|正确)(?:的|\sanswer|\soption|\schoice|答案)?)"
+)
 _MAX_EMPTY_MARKERS = 16
 
 
@@ -41,9 +44,9 @@ def marked(text: str, low: str, *, boxes: bool = True) -> Extraction:
         inside = box is not None and end <= box[0] < stop
         apart = inside and box is not None and _stands_apart(text[end : box[0]])
         if box is not None and inside and apart and boxes:
-            return found_at(peel(box[2]), "boxed", TWO)
+            return found_at(box_answer(box[2]), "boxed", TWO)
         if box is not None and inside and not apart:
-            answer, more = peel(box[2]), has_more(text[box[1] : stop])
+            answer, more = box_answer(box[2]), has_more(text[box[1] : stop])
             several = boxes_opened(text[end:stop]) > 1
         else:
             answer, more = answer_after(text[end:stop])
@@ -67,10 +70,11 @@ def _is_mark(mark: re.Match[str]) -> bool:
 
 
 def _bare_letter(answer: str) -> str:
-    """ "B" of "B (red)"; any other answer as it is."""
-    if answer[-1] in ")）" and (found := _LETTER_AND_TEXT.fullmatch(answer)):
-        return found[1]
-    return answer
+    """ "B" of "B (red)" and of "B is correct"; any other answer as it is."""
+    if answer[-1] not in ")）terne的确案" or len(answer) < 3:
+        return answer
+    found = _LETTER_AND_TEXT.fullmatch(answer)
+    return found[1] if found else answer
 
 
 def _stands_apart(between: str) -> bool:
@@ -83,7 +87,7 @@ def boxed(text: str, low: str) -> Extraction:
     if "\\boxed" not in text and "\\fbox" not in text:
         return nothing("nothing is boxed, as style boxed asks")
     box = last_box(text)
-    answer = peel(box[2]) if box else ""
+    answer = box_answer(box[2]) if box else ""
     if not answer:
         return nothing("the box is empty or never closed")
     return found_at(answer, "boxed", TWO if boxes_opened(text) > 1 else None)

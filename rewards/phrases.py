@@ -32,8 +32,9 @@ _IS = re.compile(
 )
 _HEADING = re.compile(r"s?[ \t*_#`]{0,6}\n")
 _SUPPOSED = re.compile(
-    r"\b(?:if|suppose|supposing|assum(?:e|ing)|whether|unless|imagine|say|why|how|what|wrong"
-    r"|incorrect)\s{1,3}(?:(?:that|the|my|our|your|an?|correct|final|right|only)\s{1,3}){0,4}$"
+    r"(?:n['’]t (?:think|believe|say)|\b(?:if|nor|neither|not|doubt|not (?:sure|think|believe|say)"
+    r"|suppose|supposing|assum(?:e|ing)|whether|unless|imagine|say|why|how|what|wrong|incorrect))"
+    r"\s{1,3}(?:(?:that|the|my|our|your|an?|correct|final|right|only)\s{1,3}){0,4}$"
 )
 _ADVERB = re.compile(
     r"\s{0,3}(?:(?:therefore|thus|hence|clearly|simply|likely|probably|most likely|indeed|then"
@@ -77,10 +78,10 @@ _IS_CORRECT = re.compile(
 )
 _ONE = re.compile(r"\s{0,3}(?:answer|option|choice|one)\b", re.IGNORECASE)
 
-_CN_IS = re.compile(r"(?:应该|应当|应)?(?:是|为|选)(?!否[^。，,.\s])[\s*]{0,3}[:：]?")
+_CN_IS = re.compile(r"(?:应该|应当|应)?(?:是|为|选项?[是为]?)(?!否[^。，,.\s])[\s*]{0,3}[:：]?")
 _CN_SUPPOSED = re.compile(r"(?:如果|假如|假设|若|要是|倘若|是否|错误)(?:最终|正确|的){0,2}$")
 _CN_CHOOSE = re.compile(
-    r"选(?:择|的是|项为|项是)?[\s:：]{0,3}(?:选项\s{0,2})?(?=[（(\[\"“*]{0,3}[A-Z](?![A-Za-z]{2}))"
+    r"选(?:择|的是|项为|项是)?[ :：]{0,3}(?:选项 {0,2})?(?=[（(\[\"“*]{0,3}[A-Z](?![A-Za-z]{2}))"
 )
 _CN_LETTERS = re.compile(
     r"[\s（(\[\"“*]{0,4}([A-Z](?:[、,，和\s]?[A-Z](?![a-z])){0,5})(?![A-Za-z0-9])"
@@ -88,6 +89,7 @@ _CN_LETTERS = re.compile(
 _CN_DENIED = re.compile(
     r"(?:不|别|没|未|非|勿|排除|不能|不会|不应|不应该|不可以|如果|假如|若|假设)$"
 )
+_CN_CORRECT_IS = re.compile(r"正确的?(?:说法|一项)?(?:是|为)[:： ]{0,2}(?=[（(【“*]{0,3}[A-Z])")
 _CN_CORRECT = re.compile(
     r"(?:^|[^A-Za-z])([A-Z])[)）\]]?\s{0,2}(?:选?项)?\s{0,2}(?:才?是|为)?\s{0,2}(?:唯一)?$"
 )
@@ -239,6 +241,10 @@ def _chinese(text: str) -> Iterator[Said]:
             yield found
             break
     for position in _mentions(text, "正确"):
+        phrase = _CN_CORRECT_IS.match(text, position)
+        if phrase and (found := _cn_letters(text[phrase.end() :], position)):
+            yield found
+            break
         before = text[max(0, position - 16) : position]
         named = _CN_CORRECT.search(before)
         if named is None or _CN_DENIED.search(before, 0, named.start(1)):
