@@ -83,10 +83,11 @@ def wants_math(task: Task, verdict: Verdict) -> bool:
     text = verdict.extracted or ""
     if verdict.outcome != Outcome.WRONG or "math" in used_matchers(task) or len(text) > _LONGEST:
         return False
-    looks = any(map(str.isdigit, text)) or _SIGNS.search(text) is not None
-    return looks and any(
-        choose_matcher(gold, None) in ("math", "number") for gold in task.answers[:_MOST_GOLDS]
-    )
+    if not any(map(str.isdigit, text)) and not _SIGNS.search(text):
+        return False
+    forms = {choose_matcher(gold, None) for gold in task.answers[:_MOST_GOLDS]}
+    # two numbers are no matter for mathematics: the matcher number has read both
+    return "math" in forms or ("number" in forms and read_number(text) is None)
 
 
 def math_finding(task: Task, verdict: Verdict) -> Finding:

@@ -26,6 +26,8 @@ from rewards.texts import normalise
 _CAPITAL = re.compile(r"\(?[A-Z]\)?\.?")
 _FORMULA = re.compile(r"\\[A-Za-z]|\^|[√π]")
 _BOX = re.compile(r"\s*<box>")
+_NUMERAL = re.compile(r"(?:(?<!\S)-[$€£¥]?)?\d+(?:\.\d+)?")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")
 GROUNDING = ("box", "point")  # their answers are written in a way of their own
 
 
@@ -131,12 +133,12 @@ class Plan:
 
 
 def digits_of(text: str) -> str:
-    """The decimal digits of a text, in order.
+    """The digits of a text, with the signs and decimal points of its numbers.
 
-    >>> digits_of("May 12, 1998")
-    '121998'
+    >>> digits_of("May 12, 1998"), digits_of("$1,234.50"), digits_of("a loss of -3")
+    ('121998', '1234.50', '-3')
     """
-    return "".join(filter(str.isdecimal, normalise(text)))
+    return "".join(_NUMERAL.findall(_THOUSANDS.sub("", normalise(text))))
 
 
 def choose_matcher(gold: str, options: Sequence[str] | None = None) -> str:
@@ -184,6 +186,8 @@ def gold_answers(answer: object, matchers: Sequence[str] = ()) -> tuple[str, ...
         return (answer,)
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         return (str(answer),)
+    if isinstance(answer, Mapping) and "list" in matchers:  # a record of SROIE
+        return (json.dumps(answer, ensure_ascii=False),)
     if not isinstance(answer, list | tuple):
         raise ValueError(f"answer {answer!r} is neither a text nor a list of texts")
     if not answer:

@@ -127,6 +127,9 @@ ROWS = [
     # nine of ten characters, and another number all the same
     ("docvqa", "1234567890", "1234567891", "wrong", "anls"),
     ("docvqa", "May 12, 1998", "May 12, 1999", "wrong", "anls"),
+    ("docvqa", "1234567.50", "123456750", "wrong", "anls"),
+    ("docvqa", "-$1,234,567", "$1,234,567", "wrong", "anls"),
+    ("docvqa", "1,234,567,890", "1,234,567890", "correct", "anls"),
     ("docvqa", "May 12, 1998", "May 12 1998", "correct", "anls"),
     ("sroie", "NO 12, JALAN INDAH", "No. 12, Jalan Indah", "correct", "vqa"),
     ("sroie", "25/12/2018", "25/12/2013", "wrong", "list"),
