@@ -108,12 +108,14 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
 
 def run_explain(args: argparse.Namespace) -> None:
     from rewards.explain import explain
-    from rewards.rollouts import rollout_fault
+    from rewards.rollouts import task_for
 
     record, completion = _rollout_of(args) if args.place else _record_of(args)
-    if fault := rollout_fault({**record, "completion": completion}):
-        raise UsageError(fault)
     table = _table(args.datasets)
+    try:
+        task_for({**record, "completion": completion}, args.style, table)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     pool = shared_pool() if args.limit == DEFAULT_LIMIT else VerifierPool(limit=args.limit)
     told = explain(record, completion, style=args.style, table=table, pool=pool)
     if args.json:

@@ -17,8 +17,8 @@ from rewards.datasets import DatasetTable
 from rewards.display import visible
 from rewards.findings import KINDS, Finding, find, math_finding, wants_math
 from rewards.pool import VerifierPool
-from rewards.rollouts import BadLine, Rollout, read_rollouts
-from rewards.verdict import Outcome, Task, Verdict, task_of
+from rewards.rollouts import BadLine, Request, Rollout, read_rollouts
+from rewards.verdict import Outcome, Task, Verdict
 
 BATCH_ROWS, BATCH_SIZE = 2000, 2**24  # rollouts judged at a time, and the characters of their texts
 MOST_EXAMPLES = 6  # of a group
@@ -152,18 +152,15 @@ def audit(
     Raises OSError for a file that cannot be read, ValueError for an unknown style.
     """
     report = AuditReport(tuple(map(str, files)))
+    request = Request(style, table, matcher)
 
     def rollouts() -> Iterator[Rollout]:
         for file in files:
-            yield from read_rollouts(file, report.add_bad, on_bytes, matcher=matcher)
+            yield from read_rollouts(file, report.add_bad, on_bytes, request)
 
     with VerifierPool(workers, limit=limit) as pool:
         for batch in batches(rollouts()):
-            tasks = [
-                task_of(one.record, one.record["completion"], style=style, table=table)
-                for one in batch
-            ]
-            _audit_batch(batch, tasks, pool, report)
+            _audit_batch(batch, pool, report)
     return report
 
 
@@ -173,7 +170,7 @@ def batches(rollouts: Iterable[Rollout]) -> Iterator[list[Rollout]]:
     size = 0
     for rollout in rollouts:
         batch.append(rollout)
-        size += len(rollout.record["completion"]) + len(str(rollout.record.get("question")))
+        size += len(rollout.task.completion) + len(str(rollout.record.get("question")))
         if len(batch) >= BATCH_ROWS or size >= BATCH_SIZE:
             yield batch
             batch, size = [], 0
@@ -181,10 +178,9 @@ def batches(rollouts: Iterable[Rollout]) -> Iterator[list[Rollout]]:
         yield batch
 
 
-def _audit_batch(
-    batch: Sequence[Rollout], tasks: Sequence[Task], pool: VerifierPool, report: AuditReport
-) -> None:
+def _audit_batch(batch: Sequence[Rollout], pool: VerifierPool, report: AuditReport) -> None:
     """Judge a batch, and ask mathematics where it alone may object to the verdict."""
+    tasks = [one.task for one in batch]
     verdicts = list(pool.map(tasks))
     found = [
         find(one.record, task, verdict, one.stored)

@@ -7,12 +7,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rewards.verdict import Outcome, gold_answers, matcher_names, request_fault
+from rewards.datasets import DatasetTable
+from rewards.verdict import Outcome, Task, request_fault, task_of
 
 LONGEST_LINE = 64 * 2**20  # bytes
 _OUTCOMES = tuple(str(outcome) for outcome in Outcome)
+
+
+class Request(NamedTuple):
+    """How rollouts are to be judged: the prompt's style, the table (None: ours), and a matcher for
+    all of them, whatever they name.
+    """
+
+    style: str = "auto"
+    table: DatasetTable | None = None
+    matcher: str | None = None
+
+
+AUTO = Request()
 
 
 @dataclass(frozen=True)
@@ -31,12 +45,14 @@ class BadLine:
 class Rollout:
     """A question with one completion, and where it stands; `record["matcher"]` is what it asks for.
 
-    stored: the outcome that an earlier verdict gave it, None for a rollout.
+    task: what is to be judged. stored: the outcome that an earlier verdict gave it, None for a
+    rollout.
     """
 
     file: str
     line: int
     record: dict[str, Any]
+    task: Task
     stored: str | None = None
 
     @property
@@ -50,20 +66,18 @@ def read_rollouts(
     path: Path,
     on_bad: Callable[[BadLine], None],
     on_bytes: Callable[[int], object] = lambda size: None,
-    *,
-    matcher: str | None = None,
+    request: Request = AUTO,
 ) -> Iterator[Rollout]:
     """The rollouts of a JSONL file, one at a time; every other line but blank ones is `on_bad`.
 
-    on_bytes: told how many bytes were read, line by line. matcher: asked for by all of them,
-    whatever they name. Raises OSError for an unreadable file.
+    on_bytes: told how many bytes were read, line by line. Raises OSError for an unreadable file.
     """
     with path.open("rb") as file:
         for number, line in enumerate(_lines(file), 1):
             on_bytes(len(line))
             if not line.strip():
                 continue
-            found = parse_line(str(path), number, line, matcher)
+            found = parse_line(str(path), number, line, request)
             if isinstance(found, Rollout):
                 yield found
             else:
@@ -78,9 +92,7 @@ def _lines(file: BufferedReader) -> Iterator[bytes]:
             line = file.readline(LONGEST_LINE)
 
 
-def parse_line(
-    file: str, number: int, line: bytes, matcher: str | None = None
-) -> Rollout | BadLine:
+def parse_line(file: str, number: int, line: bytes, request: Request = AUTO) -> Rollout | BadLine:
     """The rollout in a line, or what is wrong with it."""
     if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
         return BadLine(file, number, f"longer than {LONGEST_LINE:,} bytes")
@@ -97,29 +109,31 @@ def parse_line(
     stored = record.get("outcome")
     if stored is not None:  # of a verdict, `matcher` is the one that decided
         record["matcher"] = record.get("requested_matcher")
-    if matcher is not None:
-        record["matcher"] = matcher
-    if fault := rollout_fault(record):
-        return BadLine(file, number, fault)
-    return Rollout(file, number, record, stored)
+    if request.matcher is not None:
+        record["matcher"] = request.matcher
+    try:
+        task = task_for(record, request.style, request.table)
+    except (ValueError, RecursionError) as error:
+        return BadLine(file, number, str(error))
+    return Rollout(file, number, record, task, stored)
 
 
-def rollout_fault(record: dict[str, Any]) -> str | None:
-    """What keeps a record from being judged, or None."""
+def task_for(
+    record: dict[str, Any], style: str = "auto", table: DatasetTable | None = None
+) -> Task:
+    """The task of judging a record's own completion; ValueError says what keeps it from that."""
     if not isinstance(record.get("completion"), str):
-        return "field 'completion' is missing or no text; a rollout has one completion a line"
+        raise ValueError(
+            "field 'completion' is missing or no text; a rollout has one completion a line"
+        )
     if record.get("answer") is None:
-        return "field 'answer', the gold answer, is missing"
+        raise ValueError("field 'answer', the gold answer, is missing")
     outcome = record.get("outcome")
     if outcome is not None and outcome not in _OUTCOMES:
-        return f"outcome {outcome!r} is unknown; one of: {', '.join(_OUTCOMES)}"
+        raise ValueError(f"outcome {outcome!r} is unknown; one of: {', '.join(_OUTCOMES)}")
     if fault := request_fault(record):
-        return fault
-    try:
-        gold_answers(record["answer"], matcher_names(record.get("matcher")))
-    except (ValueError, RecursionError) as error:
-        return str(error)
-    return None
+        raise ValueError(fault)
+    return task_of(record, record["completion"], style=style, table=table)
 
 
 def rollout_at(path: Path, number: int) -> Rollout:

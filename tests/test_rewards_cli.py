@@ -261,6 +261,7 @@ FINDINGS: list[tuple[list[Any], tuple[str, str] | None]] = [
     (rows_of("own", "A", "A red bar is what I see"), None),
     (rows_of("own", "red", "Final answer: blue"), None),
     (rows_of("docvqa", "1234567890", "Final answer: 7"), None),
+    (rows_of("sroie", {"total": "9.00"}, 'Final answer: {"total": "9.00"}'), None),
 ]  # fmt: skip
 
 
@@ -371,10 +372,10 @@ def test_audit_terminal(tmp_path: Path, capsys: Capture) -> None:
     assert "Stored verdicts that differ from today's: 1" in flat
     assert "Likely false negatives: rejected, though right: 6" in flat
     assert "Likely false positives: accepted, though wrong: 3" in flat
-    assert "2 of 19 came with a verdict, 1 differ today" in flat
-    assert re.search(r"^ all +19 +\d", tables, re.MULTILINE)
+    assert "2 of 20 came with a verdict, 1 differ today" in flat
+    assert re.search(r"^ all +20 +\d", tables, re.MULTILINE)
     assert f"{len(FINDINGS) + 1}: not JSON: " in after
-    assert after.strip().endswith("19 rollouts, 4 bad lines")
+    assert after.strip().endswith("20 rollouts, 4 bad lines")
 
 
 def test_audit_options(tmp_path: Path, capsys: Capture) -> None:
