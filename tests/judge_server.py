@@ -19,6 +19,7 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Server
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet, or each response waits for the client's word
 
     def do_POST(self) -> None:
         server = self.server
@@ -44,6 +45,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+        self.wfile.flush()
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -131,4 +133,5 @@ def drips(handler: Handler) -> None:
     handler.send(200, b"", Content_Length="1000")
     for _ in range(100):
         handler.wfile.write(b" ")
+        handler.wfile.flush()
         time.sleep(0.05)

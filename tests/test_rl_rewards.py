@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_math import fake_math
 from judge_server import fails, judges, serve
 from trainer_cases import (
     COMMON,
@@ -26,11 +27,11 @@ from trainer_cases import (
 from internvl.data import Row
 from internvl.errors import UserError
 from internvl.sampler import Completion
-from rewards import Outcome, Verdict
+from rewards import Outcome, Verdict, VerifierPool
 from rewards.functions import RewardTerm, accuracy_reward, format_reward
 from rewards.loading import load_reward
 from rl.config import RLConfig
-from rl.rewarding import Rewarder, check_judge, make_judge
+from rl.rewarding import Rewarder, check_judge, make_judge, make_verifier
 from training.metrics import Metrics
 
 OWN = """
@@ -253,6 +254,20 @@ def test_a_function_that_cannot_be_used(
         assert function == "wrong_length"
         made.sampler = made.maker.sampler = ByRote(made.processing_class.tokenizer)
         made.next_step()
+
+
+def test_mathematics_that_hangs_has_no_reward(rows: list[Row], tmp_path: Path) -> None:
+    """It costs its limit; neither right nor wrong, however well the format was followed."""
+    record = {"id": "a", "question": "How much?", "answer": "9", "matcher": "math"}
+    texts = [rf"\boxed{{{text}}}" for text in ("x = 9", "hang", "x = 8", "hang 2")]
+    answered = [(record, Completion(text, (1,), (-0.5,), "stop")) for text in texts]
+    terms = [RewardTerm("accuracy", accuracy_reward, 1.0, decisive=True)]
+    terms.append(RewardTerm("format", format_reward, 0.1))
+    with fake_math(tmp_path), VerifierPool(2, limit=0.3) as pool:
+        rewarded = Rewarder(rows, terms, make_verifier(pool, None, "named")).reward(answered)
+    assert rewarded.rewards == [1.1, None, 0.1, None]
+    outcomes = [verdict.outcome for verdict in rewarded.verdicts]
+    assert outcomes == ["correct", "timeout", "wrong", "timeout"]
 
 
 # ---------------------------------------------------------------- with a judge
