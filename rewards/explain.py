@@ -107,7 +107,8 @@ def explain(
     task = replace(task, style="box" if grounded else style)
     pool = pool or shared_pool()
     verdict = pool.judge(task)
-    steps = tuple(_step(pool, task, plan, comparison) for comparison in plan.comparisons)
+    comparisons = dict.fromkeys(plan.comparisons)  # ten annotators often say the same
+    steps = tuple(_step(pool, task, plan, comparison) for comparison in comparisons)
     used = {step.matcher for step in steps}
     others = tuple(_other(pool, task, name) for name in MATCHERS if steps and name not in used)
     return Explanation(

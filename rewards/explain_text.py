@@ -18,6 +18,7 @@ COLOURS = {
     "cannot_judge": "magenta",
     "timeout": "magenta",
 }
+MOST_STEPS = 12  # comparisons that are printed, matches first where there are more
 _AROUND = 160  # characters of the completion before and after its final answer
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -42,8 +43,11 @@ def _rows(told: Explanation) -> Iterator[tuple[str, Text]]:
     yield "format", _format(told)
     yield "options", Text(_options(told))
     yield "matcher", Text(visible(told.matcher_from))
-    for step in told.steps:
+    steps = sorted(told.steps, key=lambda step: not step.accepted)
+    for step in told.steps if len(steps) <= MOST_STEPS else steps[:MOST_STEPS]:
         yield f"  {step.matcher}", _step(step)
+    if len(steps) > MOST_STEPS:
+        yield "", Text(f"and {len(steps) - MOST_STEPS} more, which change nothing")
     if told.others:
         yield "others say", _others(told)
     verdict = told.verdict

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 from rewards.choices import match_choice, option_letter
 from rewards.display import quoted
@@ -84,6 +85,7 @@ def _value(value: Fraction) -> str:
     return about if exact else f"{value.numerator}/{value.denominator} (about {about})"
 
 
+@lru_cache(maxsize=64)  # several gold answers are compared with one final answer
 def _parsed(text: str, limit: float) -> str:
     """What math-verify reads, asked in a process that can be ended."""
     try:

@@ -121,6 +121,18 @@ def test_explain(options: Sequence[str], lines: Sequence[str], capsys: Capture) 
     assert max(map(len, told.splitlines())) <= 100
 
 
+def test_explain_many_answers(capsys: Capture) -> None:
+    """Equal gold answers are one comparison; of many the matches come first."""
+    answers = [*("red car",) * 9, *(f"car {number}" for number in range(20)), "Red"]
+    golds = [word for answer in answers for word in ("--answer", answer)]
+    told = run(
+        capsys, *("explain", "--completion", "Final answer: red", "--matcher", "vqa"), *golds
+    )
+    assert told.count("gold 'red car'") == 1
+    assert told.index("gold 'Red'") < told.index("gold 'red car'")
+    assert "and 10 more, which change nothing" in told
+
+
 def test_explain_what_cannot_be_seen(capsys: Capture) -> None:
     """Escape sequences and halves of a pair reach neither the terminal nor JSON as they are."""
     told = run(capsys, "explain", "--completion", "\x1b[31m I \ud800 \u202e", "--answer", "9")
