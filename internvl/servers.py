@@ -103,6 +103,9 @@ class ServerPool(Generic[Job, Answered]):
     ) -> Generator[tuple[int, Answered | DataError]]:
         """Yield (number of the job, its answer) as they are done; see `StreamSampler.stream`."""
         state = _Run[Job, Answered]()
+        for server in self.servers:  # what happened before this run says little of now
+            server.failures, server.out_since = 0, time.monotonic()
+            server.retry_at = min(server.retry_at, server.out_since)
         threads = [
             threading.Thread(target=self._work, args=(server, state), daemon=True)
             for server in self.servers
@@ -156,11 +159,10 @@ class ServerPool(Generic[Job, Answered]):
                 server.served, server.failures = True, 0
             except DataError as error:
                 answer = error
-            except Unreachable as error:
-                self._give_back(server, task, state, str(error))
-                continue
-            except Unusable as error:
-                task.attempts += 1
+            except (Unreachable, Unusable) as error:
+                if state.stopped:  # it was interrupted: that says nothing of the server
+                    return
+                task.attempts += isinstance(error, Unusable)
                 if task.attempts < ATTEMPTS:
                     self._give_back(server, task, state, str(error))
                     continue
@@ -170,6 +172,8 @@ class ServerPool(Generic[Job, Answered]):
                 )
             except BaseException as error:  # the run raises it: a thread must not die unheard
                 answer = error
+            if isinstance(answer, BaseException) and not isinstance(answer, DataError):
+                state.stopped = True
             state.done.put((task.number, answer))
 
     def _next_task(self, server: Server, state: _Run[Job, Answered]) -> _Task[Job] | None:
@@ -216,7 +220,7 @@ class ServerPool(Generic[Job, Answered]):
         with self._work_there:
             state.todo.appendleft(task)
             self._work_there.notify()
-            first = server.reason is None and not state.stopped
+            first = server.reason is None
         self._take_out(server, reason, tell=first)
 
     def _take_out(self, server: Server, reason: str, *, tell: bool = False) -> None:

@@ -1,0 +1,381 @@
+"""mmpr sample on servers that are slow, die, come back and answer garbage; and on a real one."""
+
+import base64
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+from fake_servers import FakeServer
+from PIL import Image
+
+from internvl.errors import DataError, UserError
+from internvl.sampler import SampleRequest, SamplingConfig, first_seed
+from internvl.server_sampler import open_servers
+from internvl.server_wire import parse_answer, signed_seed
+from internvl.servers import Unusable
+from mmpr import cli
+
+CONFIG = SamplingConfig(n=2, max_tokens=16)
+
+
+@pytest.fixture
+def fakes():
+    """`fakes(**options)` starts a server; all are stopped in the end."""
+    started = []
+
+    def start(**options):
+        started.append(FakeServer(**options))
+        return started[-1]
+
+    yield start
+    for fake in started:
+        fake.stop()
+
+
+def opened(model, *servers, **options):
+    sampler = open_servers(model, [server.url for server in servers], **options)
+    sampler._pool.pause = 0.05
+    return sampler
+
+
+def requests(number):
+    return [SampleRequest(f"How many of {i}?", (), seed=i) for i in range(number)]
+
+
+def texts(answers):
+    return [[one.text for one in completions] for completions in answers]
+
+
+def expected(number, n=2):
+    seeds = [signed_seed(first_seed(0, i)) % 1000 for i in range(number)]
+    return [[str(seed + index) for index in range(n)] for seed in seeds]
+
+
+def test_a_request_says_all_that_matters(tiny_model, fakes):
+    fake = fakes()
+    picture = Image.new("RGB", (120, 60), (200, 30, 90))
+    asked = SampleRequest("<image>\nHow many?", (picture,), 5, "Be kind.", max_tiles=4)
+    config = SamplingConfig(n=3, temperature=0.7, top_p=0.9, top_k=50, max_tokens=500)
+    ((one, *_),) = opened(tiny_model, fake, logprobs=False).sample([asked], config)
+    assert (one.finish_reason, one.token_ids, one.logprobs) == ("stop", (), ())
+    (body,) = fake.bodies
+    system, user = body.pop("messages")
+    assert system == {"role": "system", "content": "Be kind."}
+    image, text = user["content"]
+    assert text == {"type": "text", "text": "How many?"}
+    kind, _, encoded = image["image_url"]["url"].partition(",")
+    assert kind == "data:image/png;base64"
+    sent = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    assert (sent.mode, sent.tobytes()) == ("RGB", picture.tobytes())
+    tokens = 512 - body.pop("max_tokens")  # what the prompt leaves of the server's room
+    assert 30 < tokens < 60
+    assert set(body.pop("logit_bias").values()) == {-100}
+    assert isinstance(body.pop("stop_token_ids")[0], int)
+    assert body == {
+        "model": "tiny", "n": 3, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "min_p": 0.0,
+        "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
+        "seed": signed_seed(first_seed(0, 5)), "logprobs": False, "return_token_ids": True,
+        "skip_special_tokens": False,
+        "mm_processor_kwargs": {"crop_to_patches": True, "min_patches": 1, "max_patches": 4},
+    }  # fmt: skip
+
+
+def test_seeds_fit_into_the_api():
+    assert signed_seed(5) == 5 and signed_seed(2**63 - 1) == 2**63 - 1
+    assert signed_seed(2**63) == -(2**63) and signed_seed(2**64 - 65536) == -65536
+
+
+def test_work_is_shared_by_load_and_kept_in_bounds(tiny_model, fakes):
+    quick, slow = fakes(), fakes(delay=0.4)
+    sampler = opened(tiny_model, quick, slow, concurrency=3)
+    assert texts(sampler.sample(requests(60), CONFIG)) == expected(60)
+    assert len(quick.bodies) > 2 * len(slow.bodies) > 0
+    assert quick.most_at_once <= 3 and slow.most_at_once <= 3
+
+
+def test_requests_are_taken_as_there_is_room(tiny_model, fakes):
+    """Not beyond twice the workers, nor far ahead of one that is stuck."""
+    taken, release = [], threading.Event()
+
+    def behave(number, body):
+        if body["seed"] == signed_seed(first_seed(0, 0)):
+            release.wait(10)
+
+    def questions():
+        for one in requests(100):
+            taken.append(one)
+            yield one
+
+    sampler = opened(tiny_model, fakes(behave=behave), concurrency=2)
+    answers = sampler.stream(questions(), CONFIG, ahead=10)
+    done = [next(answers)[0] for _ in range(9)]
+    assert sorted(done) == list(range(1, 10)) and len(taken) == 11
+    release.set()
+    assert sorted([*done, *(number for number, _ in answers)]) == list(range(100))
+
+
+def test_a_server_that_dies_is_taken_out_and_comes_back(tiny_model, fakes, capsys):
+    stable, dying = fakes(delay=0.02), fakes(delay=0.02)
+    sampler = opened(tiny_model, stable, dying, concurrency=2)
+    got, stream = {}, sampler.stream(requests(80), CONFIG)
+    for count, (number, completions) in enumerate(stream, start=1):
+        got[number] = completions
+        if count == 10:
+            dying.stop()
+        if count == 30:
+            before = len(dying.bodies)
+            dying.start()
+    assert texts([got[i] for i in range(80)]) == expected(80)
+    assert len(dying.bodies) > before, "it came back, and was asked again"
+    told = capsys.readouterr().err
+    assert told.count(f"{dying.url} is taken out and tried again later") == 1
+    assert told.count(f"{dying.url} answers again") == 1
+
+
+def test_a_dropped_line_and_a_busy_server_are_tried_again(tiny_model, fakes):
+    def behave(number, body):
+        if number in (2, 5):
+            raise ConnectionError
+        if number == 7:
+            return 429, '{"error": {"message": "slow down"}}'
+        if number == 9:
+            return 503, "<html>starting</html>"
+        return None
+
+    sampler = opened(tiny_model, fakes(behave=behave), concurrency=2)
+    assert texts(sampler.sample(requests(20), CONFIG)) == expected(20)
+
+
+def test_no_server_left_is_one_clear_error(tiny_model, fakes):
+    fake = fakes()
+    sampler = opened(tiny_model, fake, patience=0.3, concurrency=2)
+    stream = sampler.stream(requests(30), CONFIG)
+    next(stream)
+    fake.stop()
+    with pytest.raises(UserError, match=r"no server has answered for 0.3 s: http://127.*: "):
+        list(stream)
+    with pytest.raises(UserError, match=r"no server answers: http://127.0.0.1:\d+/v1: "):
+        opened(tiny_model, fake)
+    fake.start()
+    assert len(sampler.sample(requests(3), CONFIG)) == 3, "the same sampler goes on"
+
+
+GARBAGE = [
+    ("<html>hello</html>", "answered what is not JSON: '<html>hello</html>'"),
+    ('{"object": "list"}', "answered without choices"),
+    ('[{"index": 0}]', "answered without choices"),
+    ('{"choices": []}', "answered with 0 choices, 2 were asked for"),
+    ('{"choices": [{"index": 0}, {"index": 0}]}', "answered with 2 choices, 2 were asked for"),
+    ('{"choices": [{"index": 0}, {"index": 1}]}', "finish_reason is neither stop nor length"),
+    (
+        json.dumps({"choices": [{"index": i, "finish_reason": "stop"} for i in range(2)]}),
+        "message holds no text",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), GARBAGE)
+def test_what_is_no_answer(text, message):
+    with pytest.raises(Unusable, match=re.escape(message)):
+        parse_answer(text, 2, logprobs=False)
+
+
+def choice(index=0, **more):
+    message = {"content": "9"}
+    return {"index": index, "message": message, "finish_reason": "stop", "token_ids": [9], **more}
+
+
+def test_an_answer_is_whole_and_in_order():
+    told = json.dumps({"choices": [choice(1), choice(0)], "prompt_token_ids": [1]})
+    answer = parse_answer(told, 2, logprobs=False)
+    assert [one["index"] for one in answer["choices"]] == [0, 1]
+    for wrong, message in [
+        ({"token_ids": []}, "token_ids are no list of ids"),
+        ({"token_ids": ["9"]}, "token_ids are no list of ids"),
+        ({"logprobs": None}, "logprobs are not as many as its tokens"),
+        ({"logprobs": {"content": []}}, "logprobs are not as many as its tokens"),
+        ({"logprobs": {"content": [{"logprob": None}]}}, "logprobs are no numbers"),
+        ({"message": {"content": 3}}, "message holds no text"),
+        ({"finish_reason": "abort"}, "finish_reason is neither stop nor length"),
+    ]:
+        with pytest.raises(Unusable, match=message):
+            parse_answer(json.dumps({"choices": [choice(**wrong)]}), 1, logprobs=True)
+
+
+def test_garbage_is_tried_again_then_told(tiny_model, fakes):
+    mended = fakes(behave=lambda number, body: (200, "<html>") if number <= 3 else None)
+    sampler = opened(tiny_model, mended, concurrency=1)
+    assert texts(sampler.sample(requests(2), CONFIG)) == expected(2)
+    broken = fakes(behave=lambda number, body: (500, '{"error": {"message": "no memory"}}'))
+    sampler = opened(tiny_model, broken, concurrency=1)
+    sampler._pool.pause = 0.001
+    with pytest.raises(UserError, match=f"{broken.url}: HTTP 500: no memory. .* at attempt 5"):
+        sampler.sample(requests(3), CONFIG)
+    assert len(broken.bodies) == 5
+
+
+def test_what_a_server_refuses(tiny_model, fakes):
+    def refuse(number, body):
+        text = str(body["messages"])
+        if "How many of 3?" in text:
+            told = "This model's maximum context length is 512 tokens. However, you requested"
+            return 400, json.dumps({"error": {"message": told}})
+        return None
+
+    stream = opened(tiny_model, fakes(behave=refuse)).stream(requests(6), CONFIG)
+    answers = dict(stream)
+    assert isinstance(answers.pop(3), DataError) and len(answers) == 5
+
+    for status, message, wanted in [
+        (400, "mm_processor_kwargs are disabled", "start it with --trust-request-mm-kwargs"),
+        (400, "logit_bias has no such token", "refuses the request: logit_bias has no such token"),
+        (401, "no such key", "HTTP 401: no such key"),
+    ]:
+        told = json.dumps({"error": {"message": message}})
+        fake = fakes(behave=lambda number, body, answer=(status, told): answer)
+        with pytest.raises(UserError, match=wanted) as caught:
+            opened(tiny_model, fake).sample(requests(3), CONFIG)
+        assert fake.url in str(caught.value)
+        assert not isinstance(caught.value, DataError), "no question is to blame"
+
+
+def test_a_server_of_something_else_is_found_out(tiny_model, fakes):
+    two = fakes(models=[{"id": "a"}, {"id": "b"}])
+    with pytest.raises(UserError, match="offers 'a', 'b'; name one of them"):
+        opened(tiny_model, two)
+    with pytest.raises(UserError, match="offers 'a', 'b', not 'c'"):
+        opened(tiny_model, two, served_name="c")
+    assert opened(tiny_model, two, served_name="b").sample(requests(1), CONFIG)
+
+    class Other(FakeServer):
+        def answer(self, body):
+            return {**super().answer(body), "prompt_token_ids": [1, 2, 3]}
+
+    other = Other()
+    with pytest.raises(UserError, match=r"reads a prompt as 3 tokens that .* reads as \d+"):
+        opened(tiny_model, other).sample(requests(1), CONFIG)
+    other.stop()
+    with pytest.raises(UserError, match="cannot be handed to servers"):
+        opened(tiny_model, two, served_name="b").update_weights([])
+    with pytest.raises(UserError, match="--server localhost:8000: expected a URL"):
+        open_servers(tiny_model, ["localhost:8000"])
+
+
+def test_a_long_prompt_and_an_image_within_a_line_are_that_questions(tiny_model, fakes):
+    picture = Image.new("RGB", (56, 56))
+    asked = [
+        SampleRequest("why? " * 600, (), seed=0),
+        SampleRequest("<image> and <image>\nWhich?", (picture, picture), seed=1),
+        SampleRequest("How many of 2?", (), seed=2),
+    ]
+    answers = dict(opened(tiny_model, fakes()).stream(asked, CONFIG))
+    assert "no room for a completion" in str(answers[0])
+    assert "puts an image on a line of its own" in str(answers[1])
+    assert len(answers[2]) == 2
+
+
+def command(*words):
+    """Run `mmpr` in this process; returns the exit code."""
+    try:
+        cli.main([str(word) for word in words])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_the_command_goes_on_where_its_servers_left_it(
+    tiny_world, tiny_model, fakes, tmp_path, capsys
+):
+    def until(last):
+        return lambda number, body: (404, "gone") if number > last else None
+
+    sampling = ("sample", tiny_world / "rl.jsonl", "--model", tiny_model, "--n", 2,
+                "--max-tokens", 8, "--prompt-style", "final", "--batch-questions", 4)  # fmt: skip
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "rollouts.jsonl"
+    assert command(*sampling, "--server", fakes().url, "--output", whole) == 0
+    ends = fakes(behave=until(9))
+    one = ("--concurrency", 1, "--output", output)
+    assert command(*sampling, "--server", ends.url, *one) == 2
+    assert f"error: {ends.url}: HTTP 404: gone" in capsys.readouterr().err
+    assert len(output.read_text().splitlines()) == 9 * 2, "all that was answered is on disk"
+    left = fakes()
+    assert command(*sampling, "--server", left.url, *one) == 0
+    assert output.read_bytes() == whole.read_bytes() and len(left.bodies) == 16 - 9
+    first = json.loads(output.read_text().splitlines()[0])
+    assert first["prompt_style"] == "final" and "Final answer: .." in first["question"]
+    assert first["question_orig"] in first["question"]
+    assert json.loads((tmp_path / "rollouts.jsonl.meta.json").read_text())["backend"] == "servers"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--server", "http://x/v1", "--backend", "vllm"], "--backend has no meaning with --serv"),
+        (["--server", "http://x/v1", "--max-model-len", "9"], "--max-model-len has no meaning"),
+        (["--concurrency", "3"], "--concurrency has no meaning without --server"),
+        (["--server", "x"], "--server x: expected a URL"),
+        (["--server", "http://x/v1", "--server-timeout", "0"], "--server-timeout is 0"),
+        (["--language", "zh"], "--language has no meaning without a --prompt-style"),
+    ],
+)
+def test_options_that_cannot_be_honoured(words, message, tiny_world, tiny_model, tmp_path, capsys):
+    sampling = ("sample", tiny_world / "rl.jsonl", "--model", tiny_model)
+    assert command(*sampling, "--output", tmp_path / "r.jsonl", *words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("vllm")
+def test_a_real_server_gives_the_completions_of_this_process(
+    tiny_world, tiny_model, vllm_sampler, tmp_path, monkeypatch
+):
+    """`vllm serve` on a CPU: the rollouts are those of --backend vllm, token for token."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    words = f"--model {tiny_model} --host 127.0.0.1 --port {port} --dtype float32 --enforce-eager"
+    words += " --max-model-len 512 --trust-request-mm-kwargs --no-enable-chunked-prefill"
+    words += " --max-num-batched-tokens 4096 --logprobs-mode processed_logprobs"
+    module = "vllm.entrypoints.openai.api_server"
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", module, *words.split()], stdout=log, stderr=log, env=environment
+        )
+    try:
+        wait_until_served(f"http://127.0.0.1:{port}/v1/models", server)
+        here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+        sampling = ("sample", tiny_world / "rl.jsonl", "--model", tiny_model, "--n", 4,
+                    "--max-tokens", 24, "--temperature", 0.8, "--max-tiles", 4)  # fmt: skip
+        url = f"http://127.0.0.1:{port}/v1"
+        assert command(*sampling, "--output", there, "--server", url) == 0
+        monkeypatch.setattr("internvl.sampler.open_sampler", lambda *_, **__: vllm_sampler)
+        monkeypatch.setattr(vllm_sampler, "close", lambda: None)
+        assert command(*sampling, "--output", here) == 0
+        assert there.read_bytes() == here.read_bytes()
+        sampler = open_servers(tiny_model, [url])
+        asked = requests(4)
+        assert sampler.sample(asked, CONFIG) == vllm_sampler.sample(asked, CONFIG)
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def wait_until_served(url, process):
+    for _ in range(600):
+        assert process.poll() is None, "the server ended"
+        try:
+            urllib.request.urlopen(url, timeout=1).close()
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return
+    raise AssertionError("the server did not start in 2 minutes")
