@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from rewards import MATCHERS, Outcome, Task, Verdict
 from rewards.__main__ import main
 from rewards.audit import MOST_EXAMPLES, audit
 from rewards.explain import explain
+from rewards.findings import KINDS, find, wants_math
 
 Capture = pytest.CaptureFixture[str]
 
@@ -275,6 +279,27 @@ FINDINGS: list[tuple[list[Any], tuple[str, str] | None]] = [
     (rows_of("docvqa", "1234567890", "Final answer: 7"), None),
     (rows_of("sroie", {"total": "9.00"}, 'Final answer: {"total": "9.00"}'), None),
 ]  # fmt: skip
+
+
+ANY_TEXT = st.text(max_size=40) | st.sampled_from(
+    ["9**9**9", "(" * 999, "\ud800", "A or B", "-3,5"]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(gold=ANY_TEXT, answer=ANY_TEXT, name=st.sampled_from([*MATCHERS]))
+def test_any_text_can_be_audited(gold: str, answer: str, name: str) -> None:
+    """No text raises, a finding has a kind and a likelihood, and equal texts give none."""
+    task = Task(f"Final answer: {answer}", (gold,), (name,), ("Paris", "London"))
+    for outcome in Outcome:
+        text = None if outcome == Outcome.NO_ANSWER else answer
+        score = 1.0 if outcome == Outcome.CORRECT else 0.0
+        verdict = Verdict(outcome, text, name, score, True, f"gold answer {gold!r} is none")
+        for finding in find({}, task, verdict, "correct"):
+            assert finding.kind in KINDS
+            assert 0 < finding.likelihood <= 1
+            assert finding.kind != "false positive" or gold != answer
+        assert wants_math(task, verdict) in (True, False)
 
 
 def write(path: Path, rows: Sequence[Any]) -> Path:
