@@ -40,6 +40,7 @@ _PREFIX = re.compile(r"(?:[ \t]{0,9}(?:>|#{1,6}(?=\s)|[-*+•](?=\s))){1,20}[ \t
 _BULLET = re.compile(r"[ \t]{0,9}(?:>[ \t]{0,3})?(?:[-*+•]|\d{1,2}[.)])[ \t]{1,4}(?=\S)")
 _SUBSTANCE = re.compile(r"[^\W_]")
 _BLOCKS = ("```", "$$", "\\[", "[", "{", "|", "-", "+", "*", "•", ">", "1")
+_MARKUP = frozenset("*_`>#-+•")
 _EMPHASIS = " \t*_`#>"
 
 # A sentence that explains: it begins with one of these words and has a verb, or is labelled.
@@ -82,13 +83,29 @@ def readable(text: str) -> str:
     if not text.isascii() and _ODD.search(text):
         text = text.translate(_READABLE)
     text = text.strip()
-    for _ in range(4):  # a chat template's tokens at the end, where the sampler left them
-        if not text.endswith(("|>", "</s>")):
+    for _ in range(6):  # wrapped in what wraps something: a bound keeps hostile input linear
+        inner = _unwrapped(text)
+        if inner is text:
             break
-        token = _TOKEN.fullmatch(text, text.rfind("<"))
-        if token is None:
-            break
-        text = text[: token.start()].rstrip()
+        text = inner.strip()
+    return text
+
+
+def _unwrapped(text: str) -> str:
+    """A completion without one layer of markdown around the whole of it, or a template's token."""
+    if text.endswith(("|>", "</s>")) and (token := _TOKEN.fullmatch(text, text.rfind("<"))):
+        return text[: token.start()]
+    if text[:1] not in _MARKUP:
+        return text
+    if text.startswith("```"):
+        whole = text.endswith("```") and text.count("```") == 2
+        return _fence(text)[0] if whole else text
+    if prefix := _PREFIX.match(text):
+        return text[prefix.end() :]
+    for mark in ("***", "**", "*", "__", "_", "`"):
+        inner = text[len(mark) : -len(mark)]
+        if text.startswith(mark) and text.endswith(mark) and inner and mark[0] not in inner:
+            return inner
     return text
 
 
@@ -109,7 +126,7 @@ def peel_line(text: str) -> str:
     text = text.strip()
     if text.isalnum():
         return text
-    if (prefix := _PREFIX.match(text)) and prefix.end() < len(text):
+    if prefix := _PREFIX.match(text):
         text = text[prefix.end() :]
     return peel(_fence(text)[0] if text.startswith("```") else text)
 
@@ -231,7 +248,8 @@ def _lines(rest: str) -> tuple[str, bool] | None:
     if count < 2:
         return None
     kept = [
-        line.strip() if table else peel(_BULLET.sub("", line, count=1)) for line in lines[:count]
+        line.strip(" \t*_`") if table else peel(_BULLET.sub("", line, count=1))
+        for line in lines[:count]
     ]
     return "\n".join(kept), has_more(rest[len("\n".join(lines[:count])) :])
 

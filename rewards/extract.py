@@ -61,7 +61,7 @@ def extract(completion: str, style: str = "auto") -> Extraction:
     low = _lower(text)
     thought, fault = False, None
     if "think" in low and "<" in low:
-        rest, fault = after_think(text)
+        rest, fault = after_think(text, low)
         if rest is None:
             return nothing(fault or NO_ANSWER)
         thought = rest is not text
@@ -70,7 +70,7 @@ def extract(completion: str, style: str = "auto") -> Extraction:
         if not thought:
             fault = "no <think> .. </think> before the answer, as style r1 asks"
         return _r1(text, low, fault, strict=style == "r1")
-    if "<answer" in low and (tagged := in_answer_tag(text)):
+    if "<answer" in low and (tagged := in_answer_tag(text, low)):
         if style == "auto":
             found = _tagged(*tagged)
             fault = found.fault or "<answer> without <think> before it"
@@ -95,11 +95,11 @@ def _r1(text: str, low: str, fault: str | None, *, strict: bool) -> Extraction:
 
     An answer in <answer> .. </answer> is as good: DeepSeek-R1's own template asks for it.
     """
-    tagged = in_answer_tag(text) if "<answer" in low else None
+    tagged = in_answer_tag(text, low) if "<answer" in low else None
     if tagged:
         found = _tagged(*tagged)
     else:
-        found = boxed(text, low) if strict else _auto(text, low)
+        found = boxed(text) if strict else _auto(text, low)
         if found.text is None and strict:
             found = _auto(text, low)
             fault = fault or "the answer is not boxed, as style r1 asks"
@@ -270,7 +270,7 @@ def _short(text: str, low: str) -> Extraction:
         if found.text is not None:
             return found_at(found.text, found.style, "more than the word or phrase that was asked")
     core = peel_line(text)
-    if not core:
+    if not core.strip("*_`>#-+•"):
         return nothing()
     one_line = "\n" not in core and len(core) <= _LONGEST_PHRASE
     fault = "the answer is no single short line"
@@ -299,7 +299,7 @@ def _box(text: str, low: str) -> Extraction:
 _READERS: dict[str, Callable[[str, str], Extraction]] = {
     "auto": _auto,
     "final": _final,
-    "boxed": boxed,
+    "boxed": lambda text, low: boxed(text),
     "letter": _letter,
     "short": _short,
     "box": _box,

@@ -25,6 +25,7 @@ _LETTER_AND_TEXT = re.compile(
     r"|\s?(?:is|是)\s?(?:the\s)?(?:correct|right|正确)(?:的|\sanswer|\soption|\schoice|答案)?)"
 )
 _MAX_EMPTY_MARKERS = 16
+_MARKS = ("final answer", "答案", "最终答案")  # a marker at the very end is no answer of another
 
 
 def marked(text: str, low: str, *, boxes: bool = True) -> Extraction:
@@ -36,9 +37,10 @@ def marked(text: str, low: str, *, boxes: bool = True) -> Extraction:
     marks = [m.span() for m in _FINAL.finditer(low) if _is_mark(m)] if "final" in low else []
     if "答案" in low:
         marks = sorted([*marks, *(m.span() for m in _FINAL_CN.finditer(low) if _is_mark(m))])
-    box = last_box(text) if "\\boxed" in text or "\\fbox" in text else None
+    has_box = "\\boxed" in text or "\\fbox" in text
+    box = last_box(text) if has_box else None
     if not marks:
-        return boxed(text, low) if boxes and box else nothing()
+        return boxed(text) if boxes and has_box else nothing()
     stop = len(text)
     for start, end in reversed(marks[-_MAX_EMPTY_MARKERS:]):
         inside = box is not None and end <= box[0] < stop
@@ -51,11 +53,11 @@ def marked(text: str, low: str, *, boxes: bool = True) -> Extraction:
         else:
             answer, more = answer_after(text[end:stop])
             several = False
-        if answer:
+        if answer and answer.lower() not in _MARKS:
             fault = TWO if len(marks) > 1 or several else MORE if more else None
             return found_at(_bare_letter(answer), "final", fault)
         stop = start
-    found = boxed(text, low) if boxes else nothing()
+    found = boxed(text) if boxes else nothing()
     return found if found.text is not None else nothing("nothing follows the final answer's marker")
 
 
@@ -83,7 +85,7 @@ def _stands_apart(between: str) -> bool:
     return "\n" in between and not between.endswith((":", "：", "=", " is", " are"))
 
 
-def boxed(text: str, low: str) -> Extraction:
+def boxed(text: str) -> Extraction:
     if "\\boxed" not in text and "\\fbox" not in text:
         return nothing("nothing is boxed, as style boxed asks")
     box = last_box(text)

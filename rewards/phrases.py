@@ -42,6 +42,8 @@ _ADVERB = re.compile(
     r"(?:(?:option|choice|letter|answer)\s{1,3}(?=[(\[\"'*_]{0,3}[A-Z]\b))?",
     re.IGNORECASE,
 )
+# "The answer:" and then "The final answer: 9": what stands between them is no answer.
+_LEADS = ("", "the", "my", "final", "the final", "my final", "the correct", "so the", "correct")
 _DENIED = re.compile(
     r"[*_\s]{0,4}(?:not|n't|neither|never|no longer|unlikely|cannot|can't|否定)\b", re.IGNORECASE
 )
@@ -78,7 +80,7 @@ _IS_CORRECT = re.compile(
 )
 _ONE = re.compile(r"\s{0,3}(?:answer|option|choice|one)\b", re.IGNORECASE)
 
-_CN_IS = re.compile(r"(?:应该|应当|应)?(?:是|为|选项?[是为]?)(?!否[^。，,.\s])[\s*]{0,3}[:：]?")
+_CN_IS = re.compile(r"(?:应该|应当|应)?(?:是|为|选项?[是为]?)(?!否[^\W_])[\s*]{0,3}[:：]?")
 _CN_SUPPOSED = re.compile(r"(?:如果|假如|假设|若|要是|倘若|是否|错误)(?:最终|正确|的){0,2}$")
 _CN_CHOOSE = re.compile(
     r"选(?:择|的是|项为|项是)?[ :：]{0,3}(?:选项 {0,2})?(?=[（(\[\"“*]{0,3}[A-Z](?![A-Za-z]{2}))"
@@ -148,7 +150,7 @@ def _english(text: str, low: str) -> Iterator[Said]:
         rest, end = text[phrase.end() : end], position
         adverb = _ADVERB.match(rest)
         rest = rest[adverb.end() :] if adverb else rest
-        if _DENIED.match(rest):
+        if _DENIED.match(rest) or rest.strip(" \t\n*_`#>").lower() in _LEADS:
             continue
         found = read_answer(rest, position)
         if found is None:

@@ -1,95 +1,115 @@
-"""The final answer of a completion, and whether it kept to the format: one table."""
+"""The final answer of a completion, and whether it kept to the format: tables in extract_cases*."""
 
 import pytest
+from extract_cases import BARE, IN_SENTENCES, LETTERS, NOTHING
+from extract_cases_marked import BOXED, MARKED, THOUGHT
+from extract_cases_styles import STYLED
 
-from rewards import extract
+from rewards import STYLES, extract
+from rewards.answers import MAX_ANSWER
 
-# completion, style asked, text read, style found, format followed
-EXTRACTIONS = [
-    # "Final answer:" in its spellings
-    ("7 + 2 = 9. Final Answer: 9", "auto", "9", "final", True),
-    ("so 9.\nFinal answer: 9", "auto", "9", "final", True),
-    ("**Final Answer:** 9.", "auto", "9", "final", True),
-    ("**Final answer**: `9`", "auto", "9", "final", True),
-    ("Final Answer: **9**", "auto", "9", "final", True),
-    ("FINAL ANSWER: 9", "auto", "9", "final", True),
-    ("Final answer：9", "auto", "9", "final", True),
-    ("Final answer:\n9\n", "auto", "9", "final", True),
-    ("Final answer: the red bar.", "auto", "the red bar", "final", True),
-    ("Final Answer: \\boxed{9}", "auto", "9", "final", True),
-    ("Final Answer: $\\frac{1}{2}$", "auto", "\\frac{1}{2}", "final", True),
-    ("Final Answer:\n$$\n4\n$$", "auto", "4", "final", True),
-    ("Final Answer: \\text{B}", "auto", "B", "final", True),
-    ("Final answer: $1$ and $2$", "auto", "$1$ and $2$", "final", True),
-    ("Final answer: -3", "auto", "-3", "final", True),
-    ("Final Answer: 9", "final", "9", "final", True),
-    # Chinese
-    ("所以 答案：红色。", "auto", "红色", "final", True),
-    ("最终答案： **42**", "auto", "42", "final", True),
-    ("答案是B", "auto", "B", "final", True),
-    ("故选 B。", "auto", "B", "letter", True),
-    # the last one wins, and two are one too many for the format
-    ("Final answer: 3\nWait.\nFinal answer: 4", "auto", "4", "final", False),
-    ("Final answer: 3\n\nSo \\boxed{4}", "auto", "4", "boxed", False),
-    ("\\boxed{3} so Final answer: 4", "auto", "4", "final", True),
-    ("\\boxed{3} then \\boxed{4}", "auto", "4", "boxed", False),
-    ("Final answer: 9\nAnd some more words.", "auto", "9", "final", False),
-    # boxes
-    ("We get \\boxed{\\frac{1}{2}}.", "boxed", "\\frac{1}{2}", "boxed", True),
-    (
-        "\\boxed{\\sqrt{\\frac{1}{2}} + \\{x\\}}",
-        "auto",
-        "\\sqrt{\\frac{1}{2}} + \\{x\\}",
-        "boxed",
-        True,
-    ),
-    ("\\boxed {9} is it", "auto", "9", "boxed", True),
-    ("\\fbox{9}", "auto", "9", "boxed", True),
-    ("\\boxed{\\text{(B)}}", "auto", "(B)", "boxed", True),
-    ("\\boxed{3} then \\boxed{4", "auto", "3", "boxed", False),
-    ("### Final Answer\n\\boxed{7}", "auto", "7", "final", True),
-    ("\\boxed{9", "auto", None, "none", False),
-    ("\\boxed{}", "auto", None, "none", False),
-    # R1
-    ("<think>\\boxed{1}?</think>\n\\boxed{2}", "r1", "2", "r1", True),
-    ("<think>a</think>\n\\boxed{2}", "auto", "2", "r1", True),
-    ("<think>Final answer: 1</think>Final answer: 9", "auto", "9", "r1", True),
-    ("<think>a</think>Final answer: 9", "r1", "9", "r1", False),
-    ("a</think> \\boxed{2}", "auto", "2", "r1", False),
-    ("\\boxed{2}", "r1", "2", "r1", False),
-    ("<think>a</think>b<think>\\boxed{1}", "auto", None, "none", False),
-    ("<think>so \\boxed{1}", "auto", None, "none", False),
-    ("<think>so Final answer: 1", "auto", None, "none", False),
-    ("<think>a</think> nothing", "auto", "nothing", "r1", False),
-    # letters
-    ("B", "auto", "B", "letter", True),
-    ("(B)", "letter", "B", "letter", True),
-    ("B.", "auto", "B", "letter", True),
-    ("**B**", "auto", "B", "letter", True),
-    ("B. Paris", "auto", "B. Paris", "letter", True),
-    ("The answer is B", "auto", "B", "letter", True),
-    ("The answer is **(B)**.", "auto", "B", "letter", True),
-    ("The correct option is C.", "auto", "C", "letter", True),
-    ("The answer is B. It is tall.", "auto", "B", "letter", False),
-    ("It is tall.\nB", "letter", "B", "letter", False),
-    ("It is tall.\nB", "auto", None, "none", False),
-    # legible, though no style asks for it
-    ("The answer is 42.", "auto", "42", "prose", False),
-    ("The answer is A red bar", "auto", "A red bar", "prose", False),
-    ("Answer: 9", "auto", "9", "prose", False),
-    # nothing
-    ("I cannot tell.", "auto", None, "none", False),
-    ("The last option is wrong. Who knows.", "auto", None, "none", False),
-    ("9", "auto", "9", "short", False),
-    ("Final Answer:", "auto", None, "none", False),
-    ("Final Answer: **", "auto", None, "none", False),
-    ("", "auto", None, "none", False),
-    ("The answer is 9", "final", None, "none", False),
-    ("Final answer: 9", "boxed", None, "none", False),
-]
+TABLES = (MARKED, BOXED, THOUGHT, LETTERS, IN_SENTENCES, BARE, NOTHING)
+ROWS = [("auto", *row) for table in TABLES for row in table]
+ROWS += [(style, *row) for style, table in STYLED.items() for row in table]
 
 
-@pytest.mark.parametrize(("completion", "style", "text", "found", "format_ok"), EXTRACTIONS)
-def test_extract(completion, style, text, found, format_ok):
+@pytest.mark.parametrize(("style", "completion", "text", "found", "format_ok"), ROWS)
+def test_extract(style, completion, text, found, format_ok):
     extraction = extract(completion, style)
     assert (extraction.text, extraction.style, extraction.format_ok) == (text, found, format_ok)
+    # whatever is not in order is said in a sentence, and nothing else is
+    assert (extraction.fault is None) == format_ok
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        "  {}  ", "\n\n{}\n\n", "\t{}\r\n", "\u3000{}\xa0", "\u200b{}\u200f", "**{}**", "***{}***",
+        "_{}_", "*{}*", "`{}`", "> {}", "- {}", "* {}", "# {}", "### {}", "> **{}**",
+        "```\n{}\n```",
+    ],
+)  # fmt: skip
+def test_markup_around_a_completion_changes_nothing(around):
+    for style, completion, *_ in ROWS:
+        in_a_fence_twice = "`" in around and "```" in completion
+        if in_a_fence_twice or completion.endswith("|>"):  # nothing stands after a closing token
+            continue
+        wrapped = around.replace("{}", completion)
+        assert extract(wrapped, style) == extract(completion, style), wrapped
+
+
+UNMARKED = "the completion is an answer, but no final answer was marked"
+
+
+@pytest.mark.parametrize(
+    ("style", "completion", "fault"),
+    [
+        ("auto", "I cannot tell.", "no final answer"),
+        ("auto", "Final answer: 3\nFinal answer: 4", "two final answers"),
+        ("auto", "\\boxed{3}, \\boxed{4}", "two final answers"),
+        ("auto", "Final answer: 3\n\nSo \\boxed{4}", "two final answers"),
+        ("auto", "Final answer: 9\nBye now.", "text after the final answer"),
+        ("auto", "Final answer: B. It is tall.", "text after the final answer"),
+        ("auto", "Final answer:", "nothing follows the final answer's marker"),
+        ("auto", "\\boxed{9", "the box is empty or never closed"),
+        ("auto", "9", UNMARKED),
+        ("auto", "<box>[[1,2,3,4]]</box>", UNMARKED),
+        ("auto", "The answer is 9.", "the answer stands in a sentence, not after 'Final answer:'"),
+        ("auto", "So 9.\n#### 9", "the answer stands after ####, as no style asks"),
+        ("auto", "<answer>9</answer>", "<answer> without <think> before it"),
+        ("auto", "<answer>9", "<answer> is never closed"),
+        ("auto", "<think>Final answer: 9", "<think> is never closed"),
+        ("auto", "<think>a</think><think>b</think>\\boxed{9}", "several <think> blocks"),
+        ("auto", "b</think>\\boxed{9}", "</think> without <think>"),
+        ("auto", "Hm. <think>b</think>\\boxed{9}", "text before <think>"),
+        ("r1", "<think>b</think>Final answer: 9", "the answer is not boxed, as style r1 asks"),
+        ("r1", "\\boxed{9}", "no <think> .. </think> before the answer, as style r1 asks"),
+        ("r1", "<think>b</think><answer></answer>", "<answer> holds nothing"),
+        ("boxed", "Final answer: 9", "nothing is boxed, as style boxed asks"),
+        ("final", "\\boxed{9}", "no final answer"),
+        ("letter", "Final answer: Paris", "the answer is no option's letter"),
+        ("letter", "\\boxed{B}", "the letter is boxed, as style letter does not ask"),
+        ("letter", "B\nIt is tall.", "text around the option's letter"),
+        ("short", "Final answer: red", "more than the word or phrase that was asked"),
+        ("short", "The bar is red.", "the answer is a sentence, not a word or a phrase"),
+        ("short", "red\nblue", "the answer is no single short line"),
+        ("box", "<box>[[1,2,3,4]]</box> or <box>[[1,2,3,5]]</box>", "two final answers"),
+        ("box", "Final answer: [1,2,3,4]", "the answer is no <box>, as style box asks"),
+        ("box", "It is at [1,2,3,4].", "the place is not tagged, and not all there is"),
+    ],
+)  # fmt: skip
+def test_faults(style, completion, fault):
+    found = extract(completion, style)
+    assert (found.format_ok, found.fault) == (False, fault)
+
+
+def test_an_unknown_style_is_clear():
+    with pytest.raises(ValueError, match="style 'xml' is unknown; one of: auto, final, boxed, r1,"):
+        extract("Final answer: 9", "xml")
+
+
+# Hostile completions. Each takes 1-200 ms; a second pass over the rest at every unit would take
+# minutes, so a reading that is not linear shows as a test that never ends.
+
+UNITS = [
+    "(", "\\boxed{", "Final answer:", "<think>", "A. ", "*", "答案", "\n", "answer is ", "#",
+    "<box>[[", "$", "`", "_", "> ", "- ", "答案是 ", "选 ", "<answer>", "\\boxed{}",
+    "final answer\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_megabyte_of_one_thing_is_read_in_linear_time(unit):
+    flood = unit * (10**6 // len(unit.encode()))
+    for style in STYLES:
+        text = extract(flood, style).text
+        # a flood holds no answer; under style short it may well be one, as a whole
+        assert text is None or (style == "short" and len(text) > MAX_ANSWER), (style, text[:80])
+
+
+@pytest.mark.parametrize(
+    "unit", [unit for unit in UNITS if "think" not in unit and "<ans" not in unit]
+)
+def test_a_flood_does_not_hide_the_answer(unit):
+    flood = unit * (10**5 // len(unit))
+    assert extract(f"{flood}\n\nFinal answer: 9").text == "9"
