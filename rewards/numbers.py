@@ -56,4 +56,7 @@ def match_relaxed(prediction: str, gold: str, options: Options = None) -> float:
 
 def _is_year(gold: str, wanted: Number) -> bool:
     """Whether a gold number is written as a year: four plain digits, or with 年."""
-    return wanted.value in YEARS and _YEAR.fullmatch(clean(fold(gold))) is not None
+    value = wanted.value  # a Fraction: `in` would compare it with every year
+    if value.denominator != 1 or value.numerator not in YEARS:
+        return False
+    return _YEAR.fullmatch(clean(fold(gold))) is not None
