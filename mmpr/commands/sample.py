@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,14 @@ def _add_servers(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`mmpr sample`."""
+    for _ in sampling(args):
+        pass
+
+
+def sampling(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """`mmpr sample` step by step: nothing once the file is known to be whole as far as it goes,
+    then the records of each batch that is on disk.
+    """
     from internvl.sampler import SamplingConfig
     from mmpr import sample
     from mmpr.hashing import model_fingerprint
@@ -118,6 +127,7 @@ def run(args: argparse.Namespace) -> None:
     rows = PromptedRows(_read(args, quarantine), args.prompt_style, args.language)
     # before the model is loaded: is this the same run, and is anything left to do?
     plan = sample.plan_sampling(rows, output=args.output, config=config, run=run, root=root)
+    yield []
     if sample.only_bad_left(plan.pending, quarantine):
         quarantine.check(len(rows) + quarantine.count)
         print(f"{args.output} is complete: {plan.done} questions x {config.n}")
@@ -126,12 +136,11 @@ def run(args: argparse.Namespace) -> None:
     report = sample.SampleReport()
     sampler = _open(args)
     try:
-        for _ in sample.sample_batches(
+        yield from sample.sample_batches(
             *(plan, sampler, quarantine),
             report=report,
             batch_questions=args.batch_questions,
-        ):
-            pass
+        )
     finally:
         sampler.close()
     _print_sample(args.output, report, config)

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from internvl.data import read_rows, write_json, write_jsonl
+from internvl.data import Quarantine, read_rows, write_json, write_jsonl
 from internvl.errors import UserError
 from internvl.terminal import Command, print_table
 from mmpr.commands.shared import (
@@ -18,7 +18,7 @@ from mmpr.commands.shared import (
     tell_bad,
 )
 from mmpr.verify import VerifyReport, verify_rows
-from rewards import STYLES
+from rewards import STYLES, VerifierPool
 from rewards.pool import DEFAULT_LIMIT
 
 
@@ -48,32 +48,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def open_pool(args: argparse.Namespace) -> VerifierPool:
+    """The pool that the options ask for."""
+    if args.workers < 1:
+        raise UserError(f"--workers is {args.workers}; it must be at least 1")
+    if not 0 < args.limit <= 3600:
+        raise UserError(f"--limit is {args.limit}; give seconds, above 0 and at most 3600")
+    return VerifierPool(args.workers, limit=args.limit)
+
+
 def run(args: argparse.Namespace) -> None:
     """`mmpr verify`."""
     from tqdm import tqdm
 
-    from rewards import VerifierPool
-
-    if args.workers < 1:
-        raise UserError(f"--workers is {args.workers}; it must be at least 1")
-    if not args.limit > 0:
-        raise UserError(f"--limit is {args.limit}; give seconds, above 0")
     refuse_overwrite(args.rollouts, args.output)
+    pool = open_pool(args)
     quarantine = open_quarantine(args)
     rows = read_rows(args.rollouts, kind="rollout", quarantine=quarantine)
     bad_before = quarantine.count
     report = VerifyReport()
-    with VerifierPool(args.workers, limit=args.limit) as pool:
+    with pool:
         verdicts = verify_rows(rows, report, quarantine, pool, args.style)
         bar = tqdm(verdicts, total=len(rows), desc="verifying", unit="rollout", delay=1)
         write_jsonl(args.output, bar)
     quarantine.check(len(rows) + bad_before)
-    write_json(beside(args.output, ".stats.json"), report.as_dict())
-    _print_verify(args.output, report)
-    tell_bad(quarantine)
+    tell_verdicts(args.output, report, quarantine)
 
 
-def _print_verify(output: Path, report: VerifyReport) -> None:
+def tell_verdicts(output: Path, report: VerifyReport, quarantine: Quarantine) -> None:
+    """Write the counts beside the verdicts and print them."""
+    write_json(beside(output, ".stats.json"), report.as_dict())
     outcomes = report.as_dict()["outcomes"]
     rows = [(name, str(count), share(count, report.total)) for name, count in outcomes.items()]
     rows.append(("format followed", str(report.format_ok), share(report.format_ok, report.total)))
@@ -81,6 +85,7 @@ def _print_verify(output: Path, report: VerifyReport) -> None:
     print_table(title, rows, ("outcome", "rollouts", "share"), right=(1,))
     for reason, count in report.reasons.most_common(3):
         print(f"not judged ({count}): {reason}")
+    tell_bad(quarantine)
 
 
 COMMAND = Command("verify", "judge rollouts against the gold answers", add_arguments, run)
