@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from internvl.terminal import command_parser, run_command
-from mmpr.commands import dropout, pair, sample, select, stats, verify, view
+from mmpr.commands import check, dropout, pair, sample, select, stats, verify, view
 
 _ABOUT = "Preference data for MPO and questions for online RL, from questions with gold answers."
 _EXAMPLE = """\
@@ -17,6 +17,7 @@ example, from questions to a data set that `python -m mpo` and InternVL's own sc
   mmpr pair   verdicts.jsonl --output pairs.jsonl --meta meta.json --name charts
   mmpr select verdicts.jsonl --output rl.jsonl
   mmpr stats  pairs.jsonl
+  mmpr view   pairs.jsonl --output pairs.html
 
 One line of questions.jsonl; "image" (a path, a list of paths, or absent) is relative to the file's
 folder or to --image-root, "answer" may be a list of right answers:
@@ -38,6 +39,7 @@ _COMMANDS = (
     verify.COMMAND,
     pair.COMMAND,
     dropout.COMMAND,
+    check.COMMAND,
     select.COMMAND,
     stats.COMMAND,
     view.COMMAND,
