@@ -71,6 +71,7 @@ class Explanation:
 
     completion: str
     style: str
+    question: str | None
     answers: tuple[str, ...]
     extraction: Extraction
     span: tuple[int, int] | None
@@ -114,6 +115,7 @@ def explain(
     return Explanation(
         completion=completion,
         style=style,
+        question=question if isinstance(question := record.get("question"), str) else None,
         answers=task.answers,
         extraction=plan.found,
         span=find_span(task, plan.found.text),

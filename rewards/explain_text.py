@@ -38,6 +38,10 @@ def print_explanation(told: Explanation) -> None:
 def _rows(told: Explanation) -> Iterator[tuple[str, Text]]:
     from rich.text import Text
 
+    if told.question:
+        yield "question", Text(one_line(told.question, 300))
+    golds = " or ".join(quoted(gold) for gold in dict.fromkeys(told.answers[:MOST_STEPS]))
+    yield "gold answer", Text(golds)
     yield "completion", _completion(told)
     yield "final answer", _found(told)
     yield "format", _format(told)

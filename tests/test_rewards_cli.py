@@ -46,6 +46,7 @@ def fail(capsys: Capture, *argv: str) -> str:
 def test_explain_lines(capsys: Capture) -> None:
     told = run(capsys, "explain", "--completion", "3 + 12.\nFinal answer: 15", "--answer", "5")
     assert told.splitlines() == [
+        "gold answer   '5'",
         "completion    3 + 12.",
         "              Final answer: ⟦15⟧",
         "final answer  '15', found as final (asked for: auto)",
@@ -67,6 +68,7 @@ EXPLAINED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (
         ("--question", "Which?\nA. Paris\nB. London", "--answer", "B"),
         (
+            "question      Which? A. Paris B. London",
             "options       A Paris · B London (listed by the question)",
             "matcher       choice: chosen by the options",
             "  choice      gold 'B' read as option B: London",
@@ -133,6 +135,7 @@ def test_explain_many_answers(capsys: Capture) -> None:
         capsys, *("explain", "--completion", "Final answer: red", "--matcher", "vqa"), *golds
     )
     assert told.count("gold 'red car'") == 1
+    assert "gold answer   'red car' or 'car 0' or" in told
     assert told.index("gold 'Red'") < told.index("gold 'red car'")
     assert "and 10 more, which change nothing" in told
 
