@@ -28,7 +28,8 @@ _NUMBER = re.compile(r"[+-]?(?:\d{1,12}(?:\.\d{0,12})?|\.\d{1,12})", re.ASCII)
 _NUMBERS = re.compile(r"[\d\s,.+-]+", re.ASCII)
 _N = r"([+-]?(?:\d{1,12}(?:\.\d{0,12})?|\.\d{1,12}))"
 _KEYED = re.compile(
-    rf"\bx[\"']?\s{{0,3}}[=:]\s{{0,3}}{_N}\s{{0,3}},?\s{{0,3}}[\"']?y[\"']?\s{{0,3}}[=:]\s{{0,3}}{_N}(?![\d.])",
+    rf"\bx[\"']?\s{{0,3}}[=:]\s{{0,3}}{_N}\s{{0,3}},?\s{{0,3}}"
+    rf"[\"']?y[\"']?\s{{0,3}}[=:]\s{{0,3}}{_N}(?![\d.])",
     re.ASCII,
 )
 _MAX_GROUP = 120  # characters between brackets
@@ -44,8 +45,8 @@ class Places(NamedTuple):
 def read_places(text: str) -> Places | None:
     """The boxes and points of a text; None when one of them is malformed, or nothing is there.
 
-    A bracket of two numbers beside another of two is a box by its corners. Brackets that hold no
-    numbers are prose. Malformed is a bracket of another count of numbers, a box without area, a
+    A bracket of two numbers right after another of two is a box by its corners. Brackets that hold
+    no numbers are prose. Malformed is a bracket of another count of numbers, a box without area, a
     number beyond a million.
 
     >>> read_places("<box>[[0.1, 0.2, 0.3, 0.4]]</box>").boxes
@@ -54,10 +55,15 @@ def read_places(text: str) -> Places | None:
     if "<box>" in text and "</box>" in text:
         text = text[text.index("<box>") : text.rindex("</box>")]
     groups: list[list[str]] = []
+    apart = "<point>" in text  # pairs of numbers are then points, never corners
+    end, beside = 0, []
     for found in _GROUP.finditer(text):
         inside = found[1]
         if len(inside) <= _MAX_GROUP and _NUMBERS.fullmatch(inside):
             groups.append(inside.replace(",", " ").split())
+            between = text[end : found.start()]
+            beside.append(not apart and len(between) < 20 and not between.strip(" ,\n"))
+            end = found.end()
             if len(groups) > 2 * MAX_BOXES:
                 return None
     if not groups:
@@ -65,11 +71,11 @@ def read_places(text: str) -> Places | None:
             groups = [list(keyed.groups())]
         elif len(text) <= _MAX_GROUP and _NUMBERS.fullmatch(text):
             groups = [text.replace(",", " ").split()]
-    return _places(groups)
+    return _places(groups, beside or [False])
 
 
-def _places(groups: list[list[str]]) -> Places | None:
-    """The places of groups of numbers, scaled to 0..1000."""
+def _places(groups: list[list[str]], beside: list[bool]) -> Places | None:
+    """The places of groups of numbers, scaled to 0..1000; beside: a group directly follows one."""
     numbers: list[float] = []
     decimal = False
     for group in groups:
@@ -83,17 +89,21 @@ def _places(groups: list[list[str]]) -> Places | None:
     scale = 1000.0 if decimal and max(numbers) <= 1 else 1.0
     places, position = Places([], []), 0
     corner: Point | None = None
-    for group in groups:
+    for group, follows in zip(groups, beside, strict=False):
         values = [number * scale for number in numbers[position : position + len(group)]]
         position += len(group)
-        if len(values) == 4 and corner is None:
-            places.boxes.append((values[0], values[1], values[2], values[3]))
-        elif len(values) == 2 and corner is not None:
+        if len(values) == 2 and corner is not None and follows:
             places.boxes.append((*corner, values[0], values[1]))
             corner = None
-        elif len(values) == 2:
+            continue
+        if corner is not None:
+            places.points.append(corner)
+            corner = None
+        if len(values) == 2:
             corner = (values[0], values[1])
-        elif len(values) != 1 or corner is not None:  # "(1)" counts something in prose
+        elif len(values) == 4:
+            places.boxes.append((values[0], values[1], values[2], values[3]))
+        elif len(values) != 1:  # "(1)" counts something in prose
             return None
     if corner is not None:
         places.points.append(corner)
@@ -201,10 +211,14 @@ def match_point(prediction: str, gold: str, options: Options = None) -> float:
 
     A box given counts by its centre (ScreenSpot, Cheng et al. 2024). Near is within 14% of the
     picture's side (AITW, Rawles et al. 2023). Any of several gold boxes or points will do, but
-    several points given are none. Raises CannotJudge for a gold that is no place.
+    several points
+    given are none, unless they are the gold's. Raises CannotJudge for a gold that
+    is no place.
     """
     wanted = _gold_places(gold)
     given = read_places(prediction)
+    if given == wanted:
+        return 1.0
     if given is None or len(given.boxes) + len(given.points) != 1:
         return 0.0
     if given.boxes:

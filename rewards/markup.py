@@ -84,7 +84,7 @@ _SILENT = dict.fromkeys(  # zero-width characters and directions: they show noth
     [*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF, 0xAD]
 )
 _SILENT |= {0x2212: "-", 0x2010: "-", 0x2011: "-", 0x2012: "-", 0x2013: "-", 0x2044: "/"}
-_RUN = re.compile(r"\S{1,256}")
+_RUN = re.compile(r"\S{1,64}")
 
 
 def fold(text: str) -> str:
@@ -97,7 +97,7 @@ def fold(text: str) -> str:
         return text
     text = _SUPERSCRIPTS.sub(lambda found: "^" + found[0].translate(_SUPERSCRIPT_DIGITS), text)
     text = _VULGAR.sub(_write_out, text)
-    if len(text) <= 256:
+    if len(text) <= 64:
         text = unicodedata.normalize("NFKC", text)
     else:  # Python's NFKC is quadratic in a run of combining marks
         text = _RUN.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text)

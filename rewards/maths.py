@@ -1,5 +1,9 @@
 r"""Mathematical equality by math-verify (its own verdict: https://github.com/huggingface/Math-Verify).
 
+What needs no algebra is decided without it (rewards/expressions.py): equal texts, plain numbers,
+words. The rest is handed to math-verify's LaTeX parser, whole: never to its search for expressions
+inside a text, which reads "3 or 4" as 4 and evaluates arithmetic as Python.
+
 math-verify guards itself with SIGALRM, which works in a main thread only and is switched off here.
 Sympy can take for ever on a hostile expression ("9**9**9**9"), so `verify` and `VerifierPool` run
 `match_math` in a process that they kill when its time is over (rewards/pool.py).
@@ -8,34 +12,50 @@ Sympy can take for ever on a hostile expression ("9**9**9**9"), so `verify` and 
 from __future__ import annotations
 
 import logging
-import re
 from functools import lru_cache
 from typing import Any
 
+from rewards.expressions import (
+    as_latex,
+    is_words,
+    read_amount,
+    read_ratio,
+    same_amount,
+    same_words,
+)
 from rewards.markup import clean
 from rewards.reasons import CannotJudge
+from rewards.units import units_differ
 
 MAX_LENGTH = 2_000  # characters; no answer is longer, and regexes of math-verify are not linear
-_ARITHMETIC = re.compile(r"[0-9.+*/() -]*")
-_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 def decide_early(prediction: str, gold: str, options: object = None) -> float | None:
-    """The score where it is plain without sympy, or None: equal texts, and two whole numbers.
+    """The score where it is plain without sympy, or None: equal texts, plain numbers, words.
 
-    Linear in the texts' length. Raises CannotJudge for a text of over `MAX_LENGTH` characters.
+    Linear in the texts' length. Raises CannotJudge for a blank gold or one of over `MAX_LENGTH`
+    characters; a prediction so long is wrong.
 
     >>> decide_early("$x+1$", "x+1"), decide_early("7", "8"), decide_early("x+1", "1+x")
     (1.0, 0.0, None)
     """
-    given, wanted = clean(prediction), clean(gold)
-    if wanted and given == wanted:
+    given, wanted = clean(prediction), clean(gold) or gold.strip()
+    if not wanted:
+        raise CannotJudge("gold answer is empty")
+    if given == wanted or prediction.strip() == wanted:
         return 1.0
-    for side, text in (("gold answer", wanted), ("prediction", given)):
-        if len(text) > MAX_LENGTH:
-            raise CannotJudge(f"{side} of {len(text):,} characters (limit {MAX_LENGTH:,})")
-    if _INTEGER.fullmatch(given) and _INTEGER.fullmatch(wanted):
-        return float(int(given) == int(wanted))
+    if len(wanted) > MAX_LENGTH:
+        raise CannotJudge(f"gold answer of {len(wanted):,} characters (limit {MAX_LENGTH:,})")
+    if len(given) > MAX_LENGTH or not given:
+        return 0.0
+    if (wanted_amount := read_amount(wanted)) is not None:
+        if (given_amount := read_amount(given)) is not None:
+            return float(same_amount(given_amount, wanted_amount))
+        return 0.0 if is_words(given) else None
+    if is_words(wanted):
+        return float(same_words(given, wanted))
+    if (ratio := read_ratio(wanted)) is not None:
+        return float(read_ratio(given) == ratio)
     return None
 
 
@@ -46,45 +66,67 @@ class _TimeoutWarning(logging.Filter):
         return "Timeout is disabled" not in str(record.msg)
 
 
-@lru_cache(maxsize=1024)  # a question's rollouts share its gold answer
-def _parse(text: str) -> list[Any]:
-    """What math-verify reads in an answer: as LaTeX first, then as plain text; [] for nothing."""
-    import math_verify  # 0.7 s with sympy: only a run that needs it pays
+@lru_cache(maxsize=1)
+def _latex_only() -> tuple[Any, ...]:
+    """How math-verify is to read: LaTeX alone, and no unit taken off (it takes "2m" for 2)."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig  # 0.7 s with sympy: only a run that needs it
 
     for name in ("math_verify.parser", "math_verify.grader"):
-        logger = logging.getLogger(name)
-        if not any(isinstance(item, _TimeoutWarning) for item in logger.filters):
-            logger.addFilter(_TimeoutWarning())
-    plain = clean(text)
-    forms = [f"${plain.replace('**', '^')}$", plain]  # in LaTeX "9**2" would be 9 and a remainder
-    if "**" in plain and _ARITHMETIC.fullmatch(plain):
-        forms.reverse()  # there a tower of powers is read from the right
-    for form in forms:
-        # no_fallback: what does not parse must not come back as a string
-        found: list[Any] = math_verify.parse(
-            form, fallback_mode="no_fallback", parsing_timeout=None
-        )
-        if found:
-            return found
-    return []
+        logging.getLogger(name).addFilter(_TimeoutWarning())
+    rules = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
+    )
+    return (LatexExtractionConfig(normalization_config=rules, boxed_match_priority=-1),)
+
+
+@lru_cache(maxsize=1024)  # a question's rollouts share its gold answer
+def _parse_latex(latex: str) -> list[Any]:
+    """The expression that math-verify reads in LaTeX, in a list; [] for nothing."""
+    import math_verify
+
+    # no_fallback: what does not parse must not come back as a string
+    found: list[Any] = math_verify.parse(
+        f"${latex}$", _latex_only(), fallback_mode="no_fallback", parsing_timeout=None
+    )
+    return found
+
+
+def _parse(text: str) -> list[Any]:
+    """What an answer is read as, [] for prose or what does not parse."""
+    ready = as_latex(text)
+    return [] if ready is None else _parse_latex(ready[0])
 
 
 def match_math(prediction: str, gold: str, options: object = None) -> float:
     r"""1.0 when both are mathematically equal: "\frac{1}{2}" and "0.5", "x=3" and "3".
 
-    It has no clock of its own and may run for ever; `verify` and `VerifierPool` guard it with one.
-    Raises CannotJudge when the gold does not parse, or for a text of over `MAX_LENGTH` characters.
-    A prediction that does not parse is wrong.
+    Units may be missing on one side, but must not contradict. Rounded numbers are wrong below six
+    decimals. It has no clock of its own and may run for ever; `verify` and `VerifierPool` guard it
+    with one. Raises CannotJudge when the gold does not parse, is blank, or has over `MAX_LENGTH`
+    characters. A prediction that does not parse is wrong.
     """
     early = decide_early(prediction, gold)
     if early is not None:
         return early
-    wanted = _parse(gold)
-    if not wanted:
-        raise CannotJudge(f"gold answer {gold!r} is no expression that math-verify can read")
-    given = _parse(prediction)
-    if not given:
+    wanted = as_latex(gold)
+    wanted_parsed = [] if wanted is None else _parse_latex(wanted[0])
+    if wanted is None or not wanted_parsed:
+        raise CannotJudge(f"gold answer {gold[:60]!r} is no expression that math-verify can read")
+    given = as_latex(prediction)
+    if given is None or units_differ(given[1], wanted[1]):
+        return 0.0
+    if given[0] == wanted[0]:
+        return 1.0
+    if {given[0][:2], wanted[0][:2]} >= {r"\{"} and {given[0][0], wanted[0][0]} & {"(", "["}:
+        return 0.0  # a set is neither a point nor an interval
+    given_parsed = _parse_latex(given[0])
+    if not given_parsed:
         return 0.0
     import math_verify
 
-    return float(math_verify.verify(wanted, given, timeout_seconds=None))
+    # "x <= 3" is also the interval, whichever of them is gold
+    same = math_verify.verify(
+        wanted_parsed, given_parsed, timeout_seconds=None, allow_set_relation_comp=True
+    )
+    return float(same)

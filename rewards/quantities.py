@@ -64,6 +64,11 @@ _NUMBER = re.compile(
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
 )
 _PLAIN = re.compile(r"(-?)(\d{1,18})(?:\.(\d{1,18}))?")
+_SENTENCE = re.compile(  # "The area is 24", "答案是 5"; but not "it is not 5" or "no bar is 5"
+    r"(?!.{0,60}\b(?i:not?|none|neither|never)\b)"
+    r"[A-Za-z][A-Za-z' ]{0,40}\s(?:is|are|equals)\s*:?\s+"
+    r"|[\u4e00-\u9fff]{0,12}(?<!不)[是为]\s*[:：]?\s*"
+)
 _LEAD = re.compile(
     r"(?:[A-Za-z]\w{0,10}(?:\s\w{1,10})?\s*[=≈]\s*)?"
     r"(?:(?:approximately|approx\.?|about|around|roughly|大约|约|≈|~|=)\s*)?",
@@ -130,6 +135,8 @@ def read_number(text: str, *, known_units: bool = False) -> Number | None:
     text = clean(text).replace("~", " ") if "~" in text[1:] else clean(text)
     if plain := _PLAIN.fullmatch(text):
         return Number(_plain_value(*plain.groups()), "")
+    if not known_units and (sentence := _SENTENCE.match(text)):
+        text = text[sentence.end() :]
     text = text[_LEAD.match(text).end() :]  # type: ignore[union-attr]  # it matches nothing, too
     found = _NUMBER.fullmatch(text)
     return _read_words(text, known_units) if found is None else _read_digits(found, known_units)

@@ -50,7 +50,7 @@ _PERIODS = re.compile(r"\.(?!\d)")
 _PUNCTUATION = re.compile(
     r"[;\[\]\"{}()=\\_><@,?!“”„«»《》「」、。·…*~|]|(?<!\d)[/:]|[/:](?!\d)|(?<=\w)-|-(?!\d)"
 )
-_UNMARKED = re.compile(r"[\w ]*")
+_MARK = re.compile(r"[^\w ]|_")
 
 
 def normalise_vqa(text: str) -> str:
@@ -65,7 +65,7 @@ def normalise_vqa(text: str) -> str:
     '21 dogs dont'
     """
     text = normalise(text)
-    if not _UNMARKED.fullmatch(text):
+    if _MARK.search(text):
         text = _THOUSANDS.sub("", _APOSTROPHES.sub("", text))
         text = _PUNCTUATION.sub(" ", _PERIODS.sub("", text))
     words = text.split()
