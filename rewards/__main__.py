@@ -209,7 +209,17 @@ def run_audit(args: argparse.Namespace) -> None:
     if args.html is not None:
         from rewards.audit_page import write_page
 
-        write_page(report, args.html, max_rows=args.max_rows, image_root=args.image_root)
+        given = {"matcher": args.matcher, "style": args.style, "datasets": args.datasets}
+        options = [
+            f"--{name}={value}" for name, value in given.items() if value not in (None, "auto")
+        ]
+        write_page(
+            report,
+            args.html,
+            max_rows=args.max_rows,
+            image_root=args.image_root,
+            options=options,
+        )
     print_audit(report)
     if args.html is not None:
         print(f"{args.html}: the page")

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import io
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,11 +26,11 @@ MOST_GROUPS = 400  # on a page
 
 @dataclass(frozen=True)
 class Shown:
-    """An example with its images: (data URI, or None, and its name)."""
+    """An example with its images: (data URI or None, name), and its place as a shell's word."""
 
     example: Example
     images: tuple[tuple[str | None, str], ...]
-    command: str
+    place: str
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,32 @@ class Section:
 
 
 def write_page(
-    report: AuditReport, path: Path, *, max_rows: int = 200, image_root: Path | None = None
+    report: AuditReport,
+    path: Path,
+    *,
+    max_rows: int = 200,
+    image_root: Path | None = None,
+    options: Sequence[str] = (),
 ) -> None:
     """Write the page of a report; at most `max_rows` rollouts are shown, the likeliest first.
 
-    image_root: where image paths start, in place of the folder of the rollouts' file.
+    image_root: where image paths start, in place of the folder of the rollouts' file. options: of
+    `explain`, with which it judges as the audit did.
     """
-    page = render(report, max_rows=max_rows, image_root=image_root)
+    page = render(report, max_rows=max_rows, image_root=image_root, options=options)
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)
 
 
-def render(report: AuditReport, *, max_rows: int = 200, image_root: Path | None = None) -> str:
-    """The page as HTML; the same report gives the same bytes."""
+def render(
+    report: AuditReport,
+    *,
+    max_rows: int = 200,
+    image_root: Path | None = None,
+    options: Sequence[str] = (),
+) -> str:
+    """The page as HTML (`write_page`); the same report gives the same bytes."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -72,6 +85,7 @@ def render(report: AuditReport, *, max_rows: int = 200, image_root: Path | None 
     return environment.get_template("audit.html.j2").render(
         report=report,
         sections=sections(report, max_rows, image_root),
+        options=shlex.join(options),
         outcomes=[str(outcome) for outcome in Outcome],
         datasets=sorted(report.outcomes, key=lambda name: (-report.outcomes[name].total(), name)),
         matchers=sorted(report.matchers, key=lambda name: (-report.matchers[name].total(), name)),
@@ -117,8 +131,7 @@ def sections(report: AuditReport, max_rows: int, image_root: Path | None) -> lis
 def _show(example: Example, image_root: Path | None) -> Shown:
     root = image_root or Path(example.file).parent
     images = tuple((thumbnail(root / name), name) for name in example.images)
-    place = shlex.quote(f"{example.file}:{example.line}")
-    return Shown(example, images, f"python -m rewards explain {place}")
+    return Shown(example, images, shlex.quote(f"{example.file}:{example.line}"))
 
 
 def thumbnail(path: Path) -> str | None:

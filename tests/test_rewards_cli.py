@@ -428,6 +428,9 @@ def test_audit_options(tmp_path: Path, capsys: Capture) -> None:
     assert "No verdict looks like a mistake." in told
     assert "2 rollouts, 0 bad lines" in told
     html = tmp_path / "a.html"
+    run(capsys, "audit", str(path), "--html", str(html), "--style", "final")
+    command = f"python -m rewards explain {path}:1 --style=final<"
+    assert command in html.read_text(encoding="utf-8")
     run(capsys, "audit", str(path), "--html", str(html), "--max-rows", "0")
     assert "No room on this page (--max-rows)." in html.read_text(encoding="utf-8")
 
