@@ -37,6 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of both commands; `args.run` does what they say."""
     parser = Parser(
         prog="python -m rewards",
         description=__doc__.partition(": ")[2].capitalize(),
@@ -107,6 +108,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
 
 
 def run_explain(args: argparse.Namespace) -> None:
+    """`python -m rewards explain`."""
     from rewards.explain import explain
     from rewards.rollouts import task_for
 
@@ -181,6 +183,7 @@ def _text(value: str) -> str:
 
 
 def run_audit(args: argparse.Namespace) -> None:
+    """`python -m rewards audit`."""
     from rewards.audit import audit
     from rewards.audit_text import print_audit
 
@@ -249,6 +252,7 @@ def _table(path: Path | None) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; exits with 2 and one line for an error that the user can mend."""
     args = build_parser().parse_args(argv)
     if not args.limit > 0:
         build_parser().error(f"--limit is {args.limit}; give seconds, above 0")
