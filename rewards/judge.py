@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +63,14 @@ class JudgeQuestion:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a judge said; correct is None where it failed, and reason says how."""
+    """What a judge said; correct is None where it failed, and reason says how.
+
+    detail: the endpoint's own words about a failure, which differ from time to time.
+    """
 
     correct: bool | None
     reason: str | None = None
+    detail: str | None = field(default=None, compare=False)
 
 
 def judge_messages(asked: JudgeQuestion) -> list[dict[str, str]]:
@@ -144,12 +148,12 @@ class Judge:
 
     base_url: up to and with "/v1". api_key_env: the environment variable that holds the key; it
     must be set, and local servers take any text. timeout: seconds to wait for the connection, for
-    the response to begin, and for all of it.
-    max_retries: how often a question is asked again after the first time, whatever went wrong; in
-    between the client waits 0.5, 1, 2 .. 8 seconds, or as long as the server's Retry-After says
-    (up to two minutes). max_concurrency: requests at a time, of this process. cache: a file to keep
-    judgements in, which processes may share. A proxy of the environment is used for local servers,
-    too, unless NO_PROXY names them.
+    the response to begin, and for all of it. max_retries: how often a question is asked again after
+    the first time, whatever went wrong; in between the client waits 0.5, 1, 2 .. 8 seconds, or as
+    long as the server's Retry-After says (up to two minutes). max_concurrency: requests at a time,
+    of this process. max_tokens: of a reply. cache: a file to keep judgements in, which processes
+    may share. A proxy of the environment is used for local servers, too, unless NO_PROXY names
+    them.
     Raises ValueError for a missing package or key, and what else cannot be honoured.
     """
 
@@ -234,7 +238,9 @@ class Judge:
         """Ask something plain, past the cache; raises ValueError where no judgement comes."""
         found = self._ask(self.request_of(JudgeQuestion("How many legs has a cat?", ("4",), "4")))
         if found.correct is None:
-            raise ValueError(f"judge_base_url {self.base_url}, model {self.model}: {found.reason}")
+            said = "" if found.detail is None else f" ({found.detail})"
+            where = f"judge_base_url {self.base_url}, model {self.model}"
+            raise ValueError(f"{where}: {found.reason}{said}")
 
     def ask(self, asked: Sequence[JudgeQuestion]) -> list[Judgement]:
         """The judgement of each question; equal questions are asked once.
@@ -272,6 +278,7 @@ class Judge:
         """Ask until a reply can be read, at most 1 + max_retries times."""
         if len(request["messages"][-1]["content"]) > MAX_CHARACTERS:
             return Judgement(None, f"judge: not asked, over {MAX_CHARACTERS} characters")
+        import httpx2
         from openai import APIConnectionError, APIStatusError, APITimeoutError
 
         left, reason = self.max_retries, None
@@ -283,7 +290,10 @@ class Judge:
             except APIConnectionError:
                 return Judgement(None, "judge: no connection")
             except APIStatusError as error:
-                return Judgement(None, f"judge: HTTP {error.status_code}")
+                said = " ".join(error.message.split())[:300]
+                return Judgement(None, f"judge: HTTP {error.status_code}", said)
+            except httpx2.HTTPError:  # within the body of an error, which the client reads to tell
+                return Judgement(None, "judge: the connection broke")
             if reply.correct is not None:
                 return Judgement(reply.correct)
             left, reason = left - reply.retries - 1, reply.reason

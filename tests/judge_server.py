@@ -109,7 +109,9 @@ def judges(right: Callable[[dict[str, Any]], bool]) -> Answer:
 
 
 def fails(status: int, **headers: str) -> Answer:
-    return lambda handler: handler.send(status, b'{"error": {"message": "no"}}', **headers)
+    return lambda handler: handler.send(
+        status, b'{"error": {"message": "no such model"}}', **headers
+    )
 
 
 def gives(body: bytes, **headers: str) -> Answer:
@@ -125,6 +127,12 @@ def drops(handler: Handler) -> None:
 def breaks(handler: Handler) -> None:
     """It ends within the body."""
     handler.send(200, b'{"choices": [', Content_Length="1000")
+    handler.close_connection = True
+
+
+def breaks_in_an_error(handler: Handler) -> None:
+    """The same, within the body of an error."""
+    handler.send(400, b'{"error": {', Content_Length="1000")
     handler.close_connection = True
 
 

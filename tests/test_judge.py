@@ -18,6 +18,7 @@ from judge_server import (
     Answer,
     Server,
     breaks,
+    breaks_in_an_error,
     drips,
     drops,
     fails,
@@ -116,9 +117,7 @@ READ: list[tuple[str, bool | None]] = [
     ('{"correct": true, "correct": false}', None),
     ('{"correct": "true"}', None),
     ('{"correct": 1}', None),
-    ('{"correct": null}', None),
     ('{"Correct": true}', None),
-    ('{"is_correct": true}', None),
     ('{"correct": true', None),
     ("{'correct': True}", None),
     ("true", None),
@@ -163,6 +162,7 @@ FAILED: list[tuple[str, list[Answer], dict[str, Any], Judgement, int]] = [
         1,
     ),
     ("broken", [breaks, RIGHT], {}, Judgement(True), 2),
+    ("error-breaks", [breaks_in_an_error], {}, Judgement(None, "judge: the connection broke"), 1),
     ("dropped", [drops], {"max_retries": 0}, Judgement(None, "judge: no connection"), 1),
     ("dropped-then-well", [drops, RIGHT], {"max_retries": 1}, Judgement(True), 2),
     ("slow", [says("", after=0.6)], BRIEF, Judgement(None, "judge: timed out"), 1),
@@ -204,6 +204,14 @@ def test_nobody_is_there(make: MakeJudge) -> None:
     assert judge.ask([QUESTION]) == [Judgement(None, "judge: no connection")]
     with pytest.raises(ValueError, match=rf"127\.0\.0\.1:{port}/v1, model m: judge: no connection"):
         judge.check()
+
+
+def test_the_check_tells_what_the_endpoint_said(server: Server, make: MakeJudge) -> None:
+    server.answers = [fails(404)]
+    with pytest.raises(ValueError, match=r"model m: judge: HTTP 404 \(.*no such model.*\)$"):
+        make().check()
+    server.answers = [RIGHT]
+    make().check()
 
 
 def test_a_judge_that_is_down_is_given_up_for_this_call(server: Server, make: MakeJudge) -> None:
@@ -316,7 +324,6 @@ def test_a_file_that_is_no_cache(server: Server, make: MakeJudge, tmp_path: Path
         ({"timeout": 0.0}, "judge_timeout is 0; seconds, more than 0"),
         ({"timeout": float("nan")}, "judge_timeout is nan"),
         ({"max_retries": -1}, "judge_max_retries is -1, at least 0"),
-        ({"max_concurrency": 0}, "judge_max_concurrency is 0, at least 1"),
         ({"max_tokens": 0}, "judge_max_tokens is 0, at least 1"),
         ({"api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY is not set; .*export NO_SUCH_KEY=none"),
         ({"api_key_env": "ODD_KEY"}, "environment variable ODD_KEY holds no key"),
