@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from plain import noise_image
 from record_cases import read, write
 
@@ -200,6 +202,22 @@ def test_differences_are_marked_by_words() -> None:
     strange = mark_difference("one two three", "四五六七八")
     assert strange.note == "hardly a word in common"
     assert {run.kind for run in strange.chosen + strange.rejected} == {"same"}
+
+
+TEXTS = st.lists(st.sampled_from(["a", "b.", "12", "三", "\n", "é"]), max_size=12).map(" ".join)
+
+
+@given(TEXTS, TEXTS)
+def test_what_is_not_marked_is_the_same_on_both_sides(chosen: str, rejected: str) -> None:
+    marked = mark_difference(chosen, rejected)
+    assert "".join(run.text for run in marked.chosen) == chosen
+    assert "".join(run.text for run in marked.rejected) == rejected
+    if marked.note != "hardly a word in common":
+        first, second = (
+            "".join("".join(run.text for run in runs if run.kind == "same").split())
+            for runs in (marked.chosen, marked.rejected)
+        )
+        assert first == second
 
 
 def test_nothing_is_lost_between_the_marks() -> None:
