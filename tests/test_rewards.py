@@ -1,6 +1,9 @@
-"""Matchers and verdicts, as tables grown by family, and the published defects."""
+"""Verdicts of whole completions, and what holds for any text.
 
-import ast
+The rows of each matcher are in match_cases*.py (test_rewards_matches.py), the defects of the
+published pipeline in test_published_defects.py.
+"""
+
 import contextlib
 import subprocess
 import sys
@@ -12,144 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewards import MATCHERS, STYLES, CannotJudge, Outcome, Verdict, verify
-from rewards.choices import match_choice
 from rewards.markup import clean
 from rewards.match import MATCHERS as TABLE
 from rewards.numbers import match_relaxed
 from rewards.quantities import read_number
-from rewards.texts import match_anls
 from rewards.verdict import choose_matcher
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# matcher, gold, prediction, score
-MATCHES = [
-    ("exact", "Red", " red. ", 1),
-    ("exact", "the red bar", "**The  Red Bar**", 1),
-    ("exact", "Ｐａｒｉｓ", "paris", 1),
-    ("exact", "red", "red bar", 0),
-    ("exact", "5", "15", 0),
-    ("exact", "红色", "红色。", 1),
-    ("vqa", "two dogs", "2 dogs", 1),
-    ("vqa", "the dog", "A dog!", 1),
-    ("vqa", "don't", "dont", 1),
-    ("vqa", "1,000", "1000", 1),
-    ("vqa", "blue-green", "blue green", 1),
-    ("vqa", "3.5", "35", 0),
-    ("vqa", "-3", "3", 0),
-    ("vqa", "a", "A", 1),
-    ("vqa", "cat", "dog", 0),
-    ("choice", "B", "(B)", 1),
-    ("choice", "B", "b", 1),
-    ("choice", "(B)", "B. Paris", 1),
-    ("choice", "B", "Option B", 1),
-    ("choice", "B", "A", 0),
-    ("choice", "B", "Paris", 0),
-    ("choice", "A", "A red bar", 0),
-    ("number", "9", "9", 1),
-    ("number", "9", "9.0", 1),
-    ("number", "9", "nine", 1),
-    ("number", "9", "x = 9", 1),
-    ("number", "9", "about 9 units", 1),
-    ("number", "9", "19", 0),
-    ("number", "9", "9 or 10", 0),
-    ("number", "5", "-5", 0),
-    ("number", "-5", "−5", 1),
-    ("number", "1,234.5", "1234.50", 1),
-    ("number", "1 234", "1,234", 1),
-    ("number", "1,2,3", "123", None),
-    ("number", "12 cm", "12", 1),
-    ("number", "12 cm", "12 centimeters", 1),
-    ("number", "12 cm", "12 m", 0),
-    ("number", "12", "12\\text{ cm}", 1),
-    ("number", "50%", "50", 1),
-    ("number", "50%", "0.5", 1),
-    ("number", "0.5", "50\\%", 1),
-    ("number", "50%", "0.5%", 0),
-    ("number", "3.2 million", "3,200,000", 1),
-    ("number", "$5k", "5000 dollars", 1),
-    ("number", "$5", "€5", 0),
-    ("number", "5 K", "5000", 0),
-    ("number", "\\frac{1}{2}", "0.5", 1),
-    ("number", "1/3", "0.33", 0),
-    ("number", "1.5 × 10^3", "1500", 1),
-    ("number", "30°", "30^{\\circ}", 1),
-    ("number", "5万", "50000", 1),
-    ("number", "1/0", "3", None),
-    ("number", "red", "3", None),
-    ("number", "1st", "1", None),
-    ("number", "9", "9 because the chart shows it", 0),
-    ("relaxed", "100", "104.9", 1),
-    ("relaxed", "100", "105", 1),
-    ("relaxed", "100", "105.1", 0),
-    ("relaxed", "-100", "-96", 1),
-    ("relaxed", "0", "0.01", 0),
-    ("relaxed", "2019", "2020", 0),
-    ("relaxed", "2019", "2019", 1),
-    ("relaxed", "2019.5", "2020", 1),
-    ("relaxed", "20%", "0.2", 1),
-    ("relaxed", "20", "20.5%", 1),
-    ("relaxed", "20 cm", "20.5 m", 0),
-    ("relaxed", "Red", "red", 1),
-    ("relaxed", "Red", "4", 0),
-    ("relaxed", "4", "Red", 0),
-    ("anls", "banana", "banana", 1),
-    ("anls", "1998", "banana", 0),
-    ("anls", "banana", "bananas", 1 - 1 / 7),
-    ("anls", "abcd", "abxx", 0),  # a distance of exactly half is out
-    ("anls", "abcde", "abcxx", 1 - 2 / 5),
-    ("math", "\\frac{1}{2}", "0.5", 1),
-    ("math", "3", "x=3", 1),
-    ("math", "\\frac{\\sqrt3}{2}", "\\sqrt{3}/2", 1),
-    ("math", "\\{1,2\\}", "\\{2,1\\}", 1),
-    ("math", "(x+1)^2", "x^2+2x+1", 1),
-    ("math", "(1,2)", "(2,1)", 0),
-    ("math", "3", "(", 0),
-    ("math", "3", "4", 0),
-    ("math", "12", "+12", 1),
-    ("math", "3", "1+" * 1000 + "1", None),  # too long for math-verify
-    ("math", "3" * 2001, "3", None),
-    ("math", "x" * 2001, "$" + "x" * 2001 + "$", 1),  # equal texts need no sympy
-    ("math", "\\frac{", "3", None),
-    ("math", "???", "3", None),
-    *[(name, " ", "3", None) for name in MATCHERS],
-]
-
-
-@pytest.mark.parametrize(("matcher", "gold", "prediction", "score"), MATCHES)
-def test_match(matcher, gold, prediction, score):
-    if score is None:
-        with pytest.raises(CannotJudge):
-            MATCHERS[matcher](prediction, gold, None)
-    else:
-        assert MATCHERS[matcher](prediction, gold, None) == pytest.approx(score, abs=1e-9)
-
-
 OPTIONS = ["Paris", "London", "New York"]
-
-
-@pytest.mark.parametrize(
-    ("gold", "prediction", "options", "score"),
-    [
-        ("B", "London", OPTIONS, 1),
-        ("London", "B", OPTIONS, 1),
-        ("london", "(b)", OPTIONS, 1),
-        ("B", "B. London", OPTIONS, 1),
-        ("B", "B. Paris", OPTIONS, 0),
-        ("B", "D", OPTIONS, 0),
-        ("B", "Rome", OPTIONS, 0),
-        ("C", "new york", ["A. Paris", "B. London", "C. New York"], 1),
-        ("D", "A", OPTIONS, None),
-        ("Rome", "A", OPTIONS, None),
-        ("7", "B", ["5", "7"], 1),
-    ],
-)
-def test_choice_with_options(gold, prediction, options, score):
-    if score is None:
-        with pytest.raises(CannotJudge, match="none of the 3 options"):
-            match_choice(prediction, gold, options)
-    else:
-        assert match_choice(prediction, gold, options) == score
 
 
 @pytest.mark.parametrize(
@@ -211,37 +85,6 @@ def test_unknown_names_are_clear():
         verify("Final answer: 9", "9", style="xml")
     with pytest.raises(ValueError, match="empty list"):
         verify("Final answer: 9", [])
-
-
-# The defects of the published pipeline (their scripts, as told in the project's notes)
-
-
-def test_defect_1_anls_is_not_inverted():
-    assert match_anls("banana", "1998") == 0.0
-    assert match_anls("1998", "1998") == 1.0
-
-
-@pytest.mark.parametrize("matcher", sorted(MATCHERS))
-def test_defect_2_a_gold_inside_the_prediction_is_no_match(matcher):
-    if matcher == "choice":
-        assert match_choice("AB", "B") == 0.0
-    elif matcher in ("box", "point"):
-        assert verify("[1, 2, 15, 15]", "[1, 2, 5, 5]", matcher=matcher).outcome == "wrong"
-    else:
-        assert verify("Final answer: 15", "5", matcher=matcher).outcome == "wrong"
-
-
-def test_defect_3_no_string_is_evaluated(tmp_path, monkeypatch):
-    for path in (ROOT / "rewards").rglob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        assert not names & {"eval", "exec", "compile", "__import__"}, path
-    trap = tmp_path / "trap"
-    attack = f"__import__('pathlib').Path({str(trap)!r}).touch()"
-    for matcher in MATCHERS:
-        for completion, gold in ((attack, "3"), ("3", attack), (attack, f"1+{attack}")):
-            verify(f"Final answer: {completion}", gold, matcher=matcher)
-    assert not trap.exists()
 
 
 # Safety
