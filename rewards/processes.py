@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from rewards.verdict import Comparison, Result
 
 START_LIMIT = 120.0  # seconds until a process must be ready (sympy from a slow disk)
+# where the owner lets SIGPIPE kill, as command-line tools do, a dead process must not be its end
+_NO_SIGNAL = socket.MSG_NOSIGNAL if sys.platform == "linux" else 0
 _START = (
     "import json, sys; given = json.loads(sys.argv[1]); sys.path[:] = given['path']; "
     "from rewards.worker import serve; serve(given['limit'], given['memory_limit'])"
@@ -161,7 +163,7 @@ class Process:
 
     def _send(self, what: str) -> None:
         with contextlib.suppress(ConnectionError):  # its socket's end says so when it is read
-            self.socket.sendall(f"{self.generation} {what}\n".encode())
+            self.socket.sendall(f"{self.generation} {what}\n".encode(), _NO_SIGNAL)
 
     def _take(self, message: dict[str, object]) -> list[Job]:
         if "error" in message:

@@ -70,9 +70,13 @@ class Lines:
 
 def serve(limit: float, memory_limit: int) -> None:
     """Be the outer process; the socket to the parent is file 0."""
+    with socket.socket(fileno=os.dup(0)) as parent:
+        _serve(parent, limit, memory_limit)
+
+
+def _serve(parent: socket.socket, limit: float, memory_limit: int) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # a mask survives exec
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    parent = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     try:
         _warm_up()
@@ -157,6 +161,7 @@ def _judge(link: socket.socket, limit: float, memory_limit: int) -> None:
         os.dup2(nothing, standard)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel kills, whatever holds the GIL
     sys.setrecursionlimit(RECURSION_LIMIT)
+    gc.set_threshold(50_000, 20, 100)  # a comparison makes many objects and few cycles
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _limit_memory(memory_limit)
     start = _peak_memory()

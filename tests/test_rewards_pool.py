@@ -65,7 +65,7 @@ def test_rules_need_no_process_and_do_not_wait_for_one(fake):
 
 
 def test_all_golds_are_tried_fast_ones_first(fake):
-    with VerifierPool(limit=0.3) as pool:
+    with VerifierPool(limit=2) as pool:
         task = Task("Final answer: red", ("hang", "red"), ("math", "exact"))
         verdict = pool.judge(task)
         assert (verdict.outcome, verdict.matcher) == ("correct", "exact")
@@ -80,7 +80,7 @@ def test_all_golds_are_tried_fast_ones_first(fake):
 
 
 def test_results_are_kept_by_matcher_prediction_and_gold(fake):
-    with VerifierPool(limit=0.2) as pool:
+    with VerifierPool(limit=2) as pool:
         for prediction, gold, hits, compared in [
             ("a = 1", "b = 1", 0, 1),
             ("a = 1", "b = 1", 1, 1),
@@ -178,7 +178,7 @@ def test_a_process_that_cannot_start_is_an_error(fake, monkeypatch):
 
 
 def test_many_threads_share_one_process(fake):
-    with VerifierPool(limit=0.5) as pool:
+    with VerifierPool(limit=2) as pool:
         wrong: list[object] = []
 
         def work(thread: int) -> None:
@@ -200,7 +200,7 @@ def test_many_threads_share_one_process(fake):
 
 
 def test_a_generator_left_half_way_keeps_nothing_from_others(fake):
-    with VerifierPool(limit=0.5) as pool:
+    with VerifierPool(limit=2) as pool:
         left = pool.map([math("a = 3"), math("hang"), *(math(f"a{n} = 3") for n in range(50))])
         assert next(left).outcome == "correct"
         assert pool.judge(math("b = 3")).outcome == "correct"  # it stands still, but is not lost

@@ -180,7 +180,7 @@ def run(code: str, *flags: str) -> subprocess.Popen:
 PLAIN = """
 from rewards import VerifierPool, Task, verify
 print(verify("\\\\boxed{a = 3}", "3", matcher="math").outcome)
-with VerifierPool(2, limit=0.3) as pool:
+with VerifierPool(2, limit=2) as pool:
     tasks = [Task(f"Final answer: {p}", ("3",), ("math",)) for p in ("b = 3", "hang", "c = 3")]
     print(*(verdict.outcome for verdict in pool.map(tasks)))
 """
@@ -269,3 +269,22 @@ print(shared_pool().counters.starts, {"sympy", "math_verify", "multiprocessing"}
 """
     out, err = run(code).communicate(timeout=60)
     assert (out, err) == ("correct\ncorrect\n0 set()\n", "")
+
+
+def test_an_owner_that_sigpipe_kills_outlives_its_process(fake):
+    code = """
+import os, signal, time
+from rewards import Task, VerifierPool
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+with VerifierPool(limit=60) as pool:
+    task = lambda text: Task(f"Final answer: {text}", ("3",), ("math",))
+    print(pool.judge(task("a = 3")).outcome)
+    process = pool._dispatcher.processes[0]
+    os.kill(process.popen.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, process.popen.pid, os.WEXITED | os.WNOWAIT)
+    time.sleep(0.2)
+    process._send("kill")
+    print(pool.judge(task("b = 3")).outcome)
+"""
+    out, err = run(code).communicate(timeout=60)
+    assert (out, err) == ("correct\ncorrect\n", "")
