@@ -22,7 +22,8 @@ _ALONE = re.compile(r"[(\[【]?\s?([A-Za-z])\s?[)\]】]?\s?[.:、)!]?")
 # "B. Paris"  "(B) Paris"  "B: Paris"  "B - Paris"  "B (Paris)"; not "U.S." or "e.g. this"
 _LABELLED = re.compile(
     r"[(\[【]\s?([A-Za-z])\s?[)\]】]\s?[.:、]?\s*(\S.*)"
-    r"|([A-Z])\s?(?:[)\]】.:、]|\s[-—]\s|\s(?=\([^()]*\)$))\s*((?![A-Za-z]\.)\S.*)"
+    r"|([A-Z])\s?(?:[)\]】.:、]|\s[-—]\s|\s(?=\([^()]*\)$))"
+    r"(?:\s+(?!(?:[A-Za-z]\.\s){4})|(?![A-Za-z]\.))(\S.*)"
     r"|([a-z])\s?[)\]】.:、]\s+(\S.*)",
     re.DOTALL,
 )

@@ -275,7 +275,11 @@ def _short(text: str, low: str) -> Extraction:
     one_line = "\n" not in core and len(core) <= _LONGEST_PHRASE
     fault = "the answer is no single short line"
     if one_line:
-        fault = "the answer is a sentence, not a word or a phrase" if has_verb(core) else ""
+        fault = (
+            "the answer is a sentence, not a word or a phrase"
+            if core[0] not in "[{(" and has_verb(core)
+            else ""
+        )
     return found_at(core, "short", fault or None)
 
 
