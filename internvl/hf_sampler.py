@@ -74,8 +74,10 @@ class TransformersSampler:
         max_model_len: int | None,
         max_num_seqs: int,
         dtype: str,
+        logprobs: bool = True,
     ):
         self._seed = seed
+        self._logprobs = logprobs
         self._max_num_seqs = max_num_seqs
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if dtype == "auto":
@@ -269,7 +271,8 @@ class TransformersSampler:
     def _completion(self, row: _Row) -> Completion:
         text = decode_completion(self._processor, row.token_ids)
         reason: Literal["stop", "length"] = "stop" if row.stopped else "length"
-        return Completion(text, tuple(row.token_ids), tuple(row.logprobs), reason)
+        logprobs = tuple(row.logprobs) if self._logprobs else ()
+        return Completion(text, tuple(row.token_ids), logprobs, reason)
 
 
 def distribution(logits: Tensor, config: SamplingConfig, forbidden: Sequence[int]) -> Tensor:

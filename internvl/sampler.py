@@ -117,7 +117,7 @@ class Completion:
     text: decoded without control tokens; `<box>` and the like stay. token_ids: with the
     end-of-turn id as the last one when it was sampled (finish_reason "stop"), without it when the
     limit cut the completion ("length"). logprobs: of each token of token_ids, after temperature,
-    top-k, top-p and mask.
+    top-k, top-p and mask; none where the sampler was opened without.
     """
 
     text: str
@@ -191,6 +191,7 @@ def open_sampler(
     max_num_seqs: int = 256,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     gpu_memory_utilization: float | None = None,
+    logprobs: bool = True,
 ) -> StreamSampler:
     """Open a checkpoint folder (HF-native layout) for sampling.
 
@@ -199,7 +200,8 @@ def open_sampler(
     seed: mixed into the seed of every request. max_model_len: tokens of prompt and completion
     together (None: what the model allows). max_num_seqs: completions decoded at a time.
     dtype: "auto" is float32 on a CPU and bfloat16 on a GPU. gpu_memory_utilization: share of the
-    GPU that vLLM may fill, weights included (None: vLLM's own default).
+    GPU that vLLM may fill, weights included (None: vLLM's own default). logprobs: whether
+    completions hold them; who has no use for them samples a little faster without.
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is not one of auto, float32, bfloat16")
@@ -216,13 +218,19 @@ def open_sampler(
             max_num_seqs=max_num_seqs,
             dtype=dtype,
             gpu_memory_utilization=gpu_memory_utilization,
+            logprobs=logprobs,
         )
     if gpu_memory_utilization is not None:
         raise UserError("gpu_memory_utilization is an option of vLLM; transformers has none")
     from internvl.hf_sampler import TransformersSampler
 
     return TransformersSampler(
-        folder, seed=seed, max_model_len=max_model_len, max_num_seqs=max_num_seqs, dtype=dtype
+        folder,
+        seed=seed,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        dtype=dtype,
+        logprobs=logprobs,
     )
 
 

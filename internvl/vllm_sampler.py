@@ -76,8 +76,10 @@ class VLLMSampler:
         max_num_seqs: int,
         dtype: str,
         gpu_memory_utilization: float | None,
+        logprobs: bool = True,
     ):
         self._seed = seed
+        self._logprobs = logprobs
         self._max_num_seqs = max_num_seqs
         self._processor = load_processor(str(model))
         self._eos = eos_token_id(self._processor)
@@ -211,7 +213,7 @@ class VLLMSampler:
             seed=first_seed(self._seed, request.seed),
             stop_token_ids=[self._eos],
             logit_bias=dict.fromkeys(self._forbidden, MASK),
-            logprobs=0,  # of the sampled token only
+            logprobs=0 if self._logprobs else None,  # of the sampled token only
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -223,14 +225,13 @@ class VLLMSampler:
 
     def _completions(self, output: Any) -> list[Completion]:
         """The engine's answer to one request as our records."""
-        token_ids = [tuple(sample.token_ids) for sample in output.outputs]
-        return [
-            Completion(
-                decode_completion(self._processor, ids),
-                *(ids, tuple(sample.logprobs.logprobs), sample.finish_reason),
-            )
-            for ids, sample in zip(token_ids, output.outputs, strict=True)
-        ]
+        return [self._completion(sample) for sample in output.outputs]
+
+    def _completion(self, sample: Any) -> Completion:
+        ids = tuple(sample.token_ids)
+        logprobs = tuple(sample.logprobs.logprobs) if self._logprobs else ()
+        text = decode_completion(self._processor, ids)
+        return Completion(text, ids, logprobs, sample.finish_reason)
 
 
 def _describe(model: Path) -> tuple[dict[str, tuple[int, ...]], bool, Any]:

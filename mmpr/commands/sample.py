@@ -191,7 +191,7 @@ def _read(args: argparse.Namespace, quarantine: Quarantine) -> Rows | Selection:
 
 
 def _open(args: argparse.Namespace) -> StreamSampler:
-    """The sampler: an engine in this process, or servers."""
+    """The sampler: an engine in this process, or servers; nobody reads rollouts' log-probs."""
     if not args.server:
         from internvl.sampler import open_sampler
 
@@ -201,6 +201,7 @@ def _open(args: argparse.Namespace) -> StreamSampler:
             seed=args.seed,
             max_model_len=args.max_model_len,
             dtype=args.dtype,
+            logprobs=False,
         )
     from internvl.server_sampler import open_servers
 
@@ -211,7 +212,6 @@ def _open(args: argparse.Namespace) -> StreamSampler:
         "served_name": args.server_model,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    # nobody reads log-probabilities of rollouts, and in JSON they are most of an answer
     return open_servers(args.model, args.server, seed=args.seed, logprobs=False, **given)
 
 
