@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from internvl.terminal import command_parser, run_command
-from mmpr.commands import check, dropout, pair, sample, select, stats, verify, view
+from mmpr.commands import build, check, dropout, pair, sample, select, stats, verify, view
 
 _ABOUT = "Preference data for MPO and questions for online RL, from questions with gold answers."
 _EXAMPLE = """\
@@ -35,6 +35,7 @@ the output), and more of them than --max-bad stop the command.
 
 
 _COMMANDS = (
+    build.COMMAND,
     sample.COMMAND,
     verify.COMMAND,
     pair.COMMAND,

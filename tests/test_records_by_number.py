@@ -164,6 +164,27 @@ def test_two_that_open_a_file_at_once(tmp_path: Path, cache: Path) -> None:
     assert not list(cache.glob("*.partial"))
 
 
+class _Together(type(Path())):  # type: ignore[misc]
+    """A path that four threads open at once."""
+
+    barrier = threading.Barrier(4)
+
+    def open(self, *args: Any, **options: Any) -> Any:
+        file = super().open(*args, **options)
+        self.barrier.wait(5)
+        return file
+
+
+def test_threads_that_first_read_a_file_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", records(4))
+    raw = path.read_bytes().splitlines(keepends=True)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(60):
+            found = open_lines(path)
+            found.path = _Together(path)
+            assert list(pool.map(found.read, range(4))) == raw
+
+
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", records(5))
     found = read_rows(path, kind="question", quarantine=Quarantine(None))

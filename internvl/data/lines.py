@@ -38,25 +38,27 @@ class Lines:
         self._starts = table[0]
         self._numbers = table[1] if len(table) > 1 else None
         self._stamp = stamp
-        self._file: BinaryIO | None = None  # opened by the process that reads
+        self._opened: dict[str, BinaryIO] = {}  # the file, opened by the process that reads
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_file": None}
+        return {**self.__dict__, "_opened": {}}
 
     def read(self, index: int) -> bytes:
         """One line's bytes, with its line break and any blank lines behind it.
 
         Safe in threads and in forked processes. Raises `DataError` when the file has changed.
         """
-        if self._file is None:
-            self._file = self.path.open("rb", buffering=0)
-        found = os.fstat(self._file.fileno())
+        file = self._opened.get("file")
+        if file is None:
+            # of threads that come here at once all go on with one's; none is closed in use
+            file = self._opened.setdefault("file", self.path.open("rb", buffering=0))
+        found = os.fstat(file.fileno())
         if (found.st_size, found.st_mtime_ns) != self._stamp:
             raise DataError(f"{self.path}: it was changed while it was read; start again")
-        return _read_whole(self._file, int(self._starts[index]), int(self._starts[index + 1]))
+        return _read_whole(file, int(self._starts[index]), int(self._starts[index + 1]))
 
     def number(self, index: int) -> int:
         """The line's number in the file, from 1."""
