@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 THUMBNAIL_SIDE = 512  # pixels; such a photograph takes some 30 kB
+THUMBNAIL_BYTES = 42_000  # at most, before base64: 300 of them are 17 MB of a page
 _SMALL_PNG = 20_000  # bytes up to which a picture keeps every pixel
-_QUALITY = 78  # of WebP
+_LEAST_SIDE = 64  # pixels; no picture is made smaller than that for its bytes
+_QUALITIES = (78, 55, 30)  # of WebP
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,12 @@ def make_thumbnail(
     max_tiles: int | None,
     tile_size: int = TILE_SIZE,
     side: int = THUMBNAIL_SIDE,
+    most_bytes: int = THUMBNAIL_BYTES,
 ) -> Thumbnail:
     """An RGB picture with its tiles, at most `side` pixels wide and high.
 
-    max_tiles: of this picture (None: it is not cut, and is one tile).
+    max_tiles: of this picture (None: it is not cut, and is one tile). most_bytes: of the encoded
+    picture; one that is richer (noise) is shown coarser, then smaller.
     """
     size, grid = image.size, None
     if max_tiles is not None:
@@ -78,10 +82,20 @@ def make_thumbnail(
     small = image.copy()
     small.thumbnail((side, side))
     kind, data = "png", _encoded(small, "PNG", optimize=True) if small.size == size else b""
-    if not data or len(data) > _SMALL_PNG:
-        kind, data = "webp", _encoded(small, "WEBP", quality=_QUALITY)
+    if not data or len(data) > min(_SMALL_PNG, most_bytes):
+        kind, small, data = "webp", *_as_webp(small, most_bytes)
     text = base64.b64encode(data).decode("ascii")
     return Thumbnail(f"data:image/{kind};base64,{text}", *small.size, size, grid)
+
+
+def _as_webp(picture: Image.Image, most_bytes: int) -> tuple[Image.Image, bytes]:
+    """The picture as it is shown, and its bytes."""
+    while True:
+        for quality in _QUALITIES:
+            data = _encoded(picture, "WEBP", quality=quality)
+            if len(data) <= most_bytes or max(picture.size) <= _LEAST_SIDE:
+                return picture, data
+        picture = picture.resize((max(1, picture.width // 2), max(1, picture.height // 2)))
 
 
 def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:

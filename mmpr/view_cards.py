@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from internvl.data import Row, load_image
 from internvl.data.rows import path_fault
 from internvl.errors import DataError
-from internvl.thumbnails import Thumbnail, make_thumbnail
+from internvl.thumbnails import THUMBNAIL_BYTES, THUMBNAIL_SIDE, Thumbnail, make_thumbnail
 from mmpr.token_counts import picture_budget
 from mmpr.view_draw import is_mixed
 from mmpr.view_marks import Marked, Run, cut_text, mark_difference, mark_slots
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MOST_PICTURES = 8  # of a record; the others are counted
 FEW_WORDS = 6  # that differ: hardly any
@@ -197,34 +201,36 @@ def _picture_filters(row: Row, pictures: Sequence[Thumbnail | Broken]) -> list[s
 
 
 def load_pictures(row: Row, settings: PictureSettings) -> tuple[list[Thumbnail | Broken], int]:
-    """The first pictures of a row, or frames of its video, and how many more there are."""
+    """The first pictures of a row, or frames of its video, and how many more there are.
+
+    Several are shown smaller, and share the bytes of one: so every card has its part of the page.
+    """
     number = row.num_frames or len(row.images)
     if not number:
         return [], 0
+    shown = min(number, MOST_PICTURES)
     side = settings.side if number == 1 else max(64, settings.side // 2)
-    budget = picture_budget(row, settings.max_tiles)
+    most_bytes = round(THUMBNAIL_BYTES * (settings.side / THUMBNAIL_SIDE) ** 2) // shown
+    make = partial(make_thumbnail, tile_size=settings.tile_size, side=side, most_bytes=most_bytes)
+    pictures: list[Thumbnail | Broken] = []
     if row.num_frames:
         try:
             frames = row.load_images()
         except DataError as error:
             return [Broken(str(error))], 0
-        shown = [frames[place * number // min(number, MOST_PICTURES)]
-                 for place in range(min(number, MOST_PICTURES))]  # fmt: skip
-        pictures = [make_thumbnail(frame, max_tiles=None, side=side) for frame in shown]
-        return list(pictures), number - len(pictures)
-    sources = row.image_sources()[:MOST_PICTURES]
-    return [_picture(row, source, budget, side, settings) for source in sources], max(
-        0, number - MOST_PICTURES
-    )
+        pictures += [make(frames[n * number // shown], max_tiles=None) for n in range(shown)]
+        return pictures, number - shown
+    budget = picture_budget(row, settings.max_tiles)
+    for source in row.image_sources()[:shown]:
+        try:
+            pictures.append(make(_load(row, source), max_tiles=budget))
+        except DataError as error:
+            pictures.append(Broken(str(error)))
+    return pictures, number - shown
 
 
-def _picture(
-    row: Row, source: Path | bytes, budget: int, side: int, settings: PictureSettings
-) -> Thumbnail | Broken:
+def _load(row: Row, source: Path | bytes) -> Image.Image:
+    """One picture of a row; the others may be shown though this one cannot be read."""
     if isinstance(source, Path) and (fault := path_fault(source, row.image_root)):
-        return Broken(fault)
-    try:
-        image = load_image(source)
-    except DataError as error:
-        return Broken(str(error))
-    return make_thumbnail(image, max_tiles=budget, tile_size=settings.tile_size, side=side)
+        raise DataError(fault)
+    return load_image(source)

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from plain import noise_image
 from record_cases import encoded, write
 
@@ -269,6 +270,11 @@ def test_a_thumbnail_is_bounded(folder: Path) -> None:
     assert (big.width, big.height, big.size, big.grid) == (512, 341, (3000, 2000), (3, 2))
     assert big.tiles == 7 and len(big.uri) < 100_000
     assert big.cuts == [("x", pytest.approx(100 / 3)), ("x", pytest.approx(200 / 3)), ("y", 50)]
+    # every pixel of its own: shown coarser, then smaller, until it is small enough
+    rich = Image.effect_noise((900, 450), 90).convert("RGB")
+    small = make_thumbnail(rich, max_tiles=12, most_bytes=6000)
+    assert len(small.uri) < 8100 and small.width in (128, 256) and small.size == (900, 450)
+    assert small.grid == (2, 1)  # of the picture, whatever is shown of it
     frame = make_thumbnail(noise_image(40, 30, 1), max_tiles=None)
     assert (frame.tiles, frame.cuts, frame.tiling) == (1, [], "1 tile")
 
