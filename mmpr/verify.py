@@ -99,7 +99,7 @@ def verify_rows(
 
     def tasks() -> Iterator[Task]:
         for row in rows:
-            if fault := request_fault(row.data):
+            if fault := request_fault(row.data, unanswered=True):
                 quarantine.add(row.file, row.line, fault, row.data)
                 continue
             waiting.append(row.data)

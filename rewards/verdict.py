@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any
 
 from rewards.datasets import DatasetEntry, DatasetTable, load_table
-from rewards.extract import Extraction, extract
+from rewards.extract import STYLES, Extraction, extract
 from rewards.lists import is_list_of_lists
 from rewards.match import MATCHERS, get_matcher
 from rewards.options import options_in
@@ -268,9 +268,11 @@ def task_of(
 
     Read are its fields answer, matcher (a name or a list of names), dataset (what the table says of
     it, where no matcher is named; `load_table`) and options (without them, those that the question
-    itself lists, where each gold answer is one of them).
+    itself lists, where each gold answer is one of them); style "auto" is the record's prompt_style.
     Raises ValueError for a matcher or an answer that is none.
     """
+    if style == "auto" and record.get("prompt_style") in STYLES:
+        style = record["prompt_style"]
     entry = entry_of(record, table)
     matchers = entry.matchers if entry else matcher_names(record.get("matcher"))
     answers = gold_answers(record["answer"], matchers)
@@ -286,17 +288,22 @@ def task_of(
     return Task(completion, answers, matchers, chosen, style, entry.least, entry.same_digits)
 
 
-def request_fault(record: Mapping[str, Any]) -> str | None:
-    """What is wrong with the "matcher" or the "options" that a question asks for, or None.
+def request_fault(record: Mapping[str, Any], *, unanswered: bool = False) -> str | None:
+    """What keeps a question's completions from being judged as it asks for, or None.
+
+    unanswered: whether a question without a gold answer will do (nothing is right or wrong then).
 
     >>> request_fault({"matcher": ["psychic"]})[:30]
     "matcher 'psychic' is unknown; "
     """
     options = record.get("options")
+    answer = record.get("answer", "")
     try:
-        matcher_names(record.get("matcher"))
+        golds = gold_answers(answer, matcher_names(record.get("matcher")))
     except ValueError as error:
         return str(error)
+    if not unanswered and not any(gold.strip() for gold in golds):
+        return "field 'answer' is empty: there is nothing to judge completions by"
     if options is not None and not (
         isinstance(options, list) and all(isinstance(item, str) for item in options)
     ):

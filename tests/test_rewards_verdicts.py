@@ -146,17 +146,33 @@ def test_a_questions_record_becomes_a_task():
 @pytest.mark.parametrize(
     ("record", "fault"),
     [
-        ({}, None),
-        ({"matcher": "math", "options": ["a", "b"]}, None),
-        ({"matcher": ["choice", "math"]}, None),
+        ({"answer": "9"}, None),
+        ({"answer": "9", "matcher": "math", "options": ["a", "b"]}, None),
+        ({"answer": 9, "matcher": ["choice", "math"]}, None),
+        ({}, "field 'answer' is empty: there is nothing to judge completions by"),
+        ({"answer": [" "]}, "field 'answer' is empty"),
+        ({"answer": {"a": 1}}, "answer {'a': 1} is neither a text nor a list of texts"),
         ({"matcher": "fuzzy"}, "matcher 'fuzzy' is unknown; one of: exact, vqa, choice"),
         ({"matcher": ["math", "fuzzy"]}, "matcher 'fuzzy' is unknown"),
         ({"matcher": 7}, "matcher 7 is neither a name nor a list of names"),
         ({"matcher": [7]}, "matcher [7] is neither a name nor a list of names"),
-        ({"options": "a, b"}, "field 'options' is not a list of strings"),
-        ({"options": ["a", 2]}, "field 'options' is not a list of strings"),
+        ({"answer": "a", "options": "a, b"}, "field 'options' is not a list of strings"),
+        ({"answer": "a", "options": ["a", 2]}, "field 'options' is not a list of strings"),
     ],
 )
 def test_what_is_wrong_with_a_request(record, fault):
     found = request_fault(record)
     assert found == fault if fault is None else found.startswith(fault)
+
+
+def test_a_question_without_an_answer_may_be_asked_for_pairs_alone():
+    assert request_fault({"answer": ""}, unanswered=True) is None
+    assert request_fault({"answer": "", "matcher": "fuzzy"}, unanswered=True) is not None
+    assert verify("Final answer: 9", "").outcome == "cannot_judge"
+
+
+def test_the_prompts_style_is_the_extractions():
+    boxed = {"answer": "9", "prompt_style": "boxed"}
+    assert task_of(boxed, "\\boxed{9}").style == "boxed"
+    assert task_of(boxed, "9", style="final").style == "final"
+    assert task_of({"answer": "9", "prompt_style": "none"}, "9").style == "auto"

@@ -70,7 +70,7 @@ def reasons(folder: Path) -> list[str]:
 def test_max_bad_holds_for_each_file(folder: Path, stage: Stage) -> None:
     """3 bad rows of 100 are borne; they are no reason to refuse a second file of 10 good ones."""
     rows = [{**QUESTION, "id": str(index)} for index in range(97)]
-    bad = [{**QUESTION, "id": f"bad-{index}", "answer": 3} for index in range(3)]
+    bad = [{**QUESTION, "id": f"bad-{index}", "answer": {}} for index in range(3)]
     assert len(stage.rows(str(write(folder / "train.jsonl", [*rows, *bad])), "question")) == 97
     assert len(stage.rows(str(write(folder / "eval.jsonl", rows[:10])), "question")) == 10
     assert len(reasons(folder)) == 3

@@ -6,6 +6,7 @@ wrong with a tidy record. Neither looks at a file: images are checked where they
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,6 +16,7 @@ RecordFault = Callable[[dict[str, Any]], str | None]
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 DEFAULT_FRAMES = 8  # of a video: num_segments in the published chat examples
+_OF_VALUES = ("list", "box", "point")  # matchers whose gold answer may be a list of values
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/]*|data:[^,]{0,40}")
 
 
@@ -61,11 +63,13 @@ def tidy_record(record: dict[str, Any], kind: Kind) -> dict[str, Any]:
     """The record as the rest of the code reads it; what is wrong is left for `find_fault`.
 
     `images` (a column's usual name on the hub) becomes `image`, and a whole number as id its text;
-    one image or video without a placeholder gets it in front of the (first) question, as in
-    InternVL's published code.
+    a missing answer becomes "", numbers their texts, coordinates one text; one image or video
+    without a placeholder gets it in front of the (first) question, as in InternVL's published code.
     """
     if type(record.get("id")) is int:
         record = {**record, "id": str(record["id"])}
+    if kind in ("question", "rollout", "verdict"):
+        record = {**record, "answer": _tidy_answer(record.get("answer"), record.get("matcher"))}
     if isinstance(record.get("images"), list) and not record.get("image"):
         record = {**record, "image": record["images"]}
         del record["images"]
@@ -81,6 +85,23 @@ def tidy_record(record: dict[str, Any], kind: Kind) -> dict[str, Any]:
     if images == 1 and IMAGE_PLACEHOLDER not in text:
         return _put_in_front(record, kind, f"{IMAGE_PLACEHOLDER}\n")
     return record
+
+
+def _tidy_answer(answer: object, matcher: object) -> object:
+    """Gold answers as texts: "" for none, and a list's or a box's values as the text of the list.
+
+    >>> _tidy_answer(7, None), _tidy_answer([1, 2, 3, 4], "box"), _tidy_answer([7, 8], "number")
+    ('7', '[1, 2, 3, 4]', ['7', '8'])
+    """
+    if answer is None:
+        return ""
+    if type(answer) in (int, float):
+        return str(answer)
+    if isinstance(answer, list):
+        if matcher in _OF_VALUES and answer and not isinstance(answer[0], str):
+            return json.dumps(answer)
+        return [str(item) if type(item) in (int, float) else item for item in answer]
+    return answer
 
 
 def _prompt_text(record: dict[str, Any], kind: Kind) -> str | None:
