@@ -2,6 +2,9 @@
 
 import json
 import os
+import random
+import re
+import signal
 import subprocess
 import sys
 from itertools import islice
@@ -240,6 +243,164 @@ def test_too_many_bad_rows_stop_the_run_but_keep_what_was_sampled(questions, tmp
     with pytest.raises(DataError, match="5 of 7 rows are bad"):
         run_sampling(questions, tmp_path / "r.jsonl", batch=7)
     assert len(recover(tmp_path / "r.jsonl", 3)) == 2
+
+
+def test_a_prompt_style_is_part_of_the_run(questions, checkpoint, tmp_path, capsys):
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    rows[5]["question"] += " Put your final answer within \\boxed{}."
+    write_jsonl(questions, rows)
+    output = tmp_path / "r.jsonl"
+    sampling = ("sample", questions, "--model", checkpoint[0], "--output", output, "--n", 2)
+    assert command(*sampling, "--prompt-style", "final", "--language", "zh") == 0
+    assert (
+        "1 question(s) asked for a form themselves and kept it: boxed 1" in capsys.readouterr().out
+    )
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert written[0]["question"].startswith("<image>\nHow many?\n回答之前请先逐步推理")
+    assert written[0]["question_orig"] == rows[0]["question"]
+    assert [one["prompt_style"] for one in written[::2]] == ["final"] * 5 + ["boxed", "final"]
+    assert written[10]["question"] == rows[5]["question"] and "question_orig" not in written[10]
+    for words, message in [
+        (["--prompt-style", "boxed"], "prompt_style was 'final', now 'boxed'"),
+        (["--prompt-style", "final"], "language was 'zh', now 'auto'"),
+        ([], "'question' of question 'q0' has changed"),
+    ]:
+        assert command(*sampling, *words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_tile_budgets_are_those_of_the_data_sets(questions, tmp_path):
+    (tmp_path / "more.jsonl").write_text(
+        '{"id": "m0", "question": "?", "answer": "1"}\n'
+        '{"id": "m1", "question": "?", "answer": "1", "max_tiles": 2}\n'
+    )
+    entry = {"root": ".", "repeat_time": 1}
+    meta = {
+        "few": {**entry, "annotation": "more.jsonl", "max_dynamic_patch": 6},
+        "any": {**entry, "annotation": questions.name},
+    }
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    asked = []
+
+    class Remembering(FakeSampler):
+        def answers(self, request, config):
+            asked.append((request.max_tiles, request.budget(config.max_tiles)))
+            return super().answers(request, config)
+
+    run_sampling(tmp_path / "meta.json", tmp_path / "r.jsonl", sampler=Remembering())
+    assert asked[:3] == [(6, 6), (2, 2), (None, 12)]
+    rows = read_rows(tmp_path / "r.jsonl", kind="rollout", quarantine=Quarantine(None, 0))
+    assert [row.tile_budget(12) for row in rows[:7:3]] == [6, 2, 12]
+
+
+IN_A_PROCESS = """
+import resource, sys
+import internvl.sampler, test_mmpr
+from mmpr import cli
+{first}
+internvl.sampler.open_sampler = lambda *_, **__: sampler
+cli.main(sys.argv[1:])
+"""
+
+
+def in_a_process(first, *words):
+    """Run `mmpr` with a fake sampler that `first` names, as a process of its own."""
+    here = Path(__file__).resolve().parent
+    code = IN_A_PROCESS.format(first=first)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True,
+        cwd=here.parent, env={**os.environ, "PYTHONPATH": str(here)},
+    )  # fmt: skip
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(questions, checkpoint, tmp_path):
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "r.jsonl"
+    sampling = ("sample", questions, "--model", checkpoint[0], "--n", 6, "--batch-questions", 2)
+    assert command(*sampling, "--output", whole) == 0
+    lines = whole.read_bytes().splitlines(keepends=True)
+    room = len(b"".join(lines[:30]))  # of the third batch, questions 4 and 5, the first fits
+    first = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
+    full = in_a_process(first + "sampler = test_mmpr.FakeSampler()", *sampling, "--output", output)
+    assert full.returncode == 2
+    errors = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [
+        f"error: {output}: cannot be written: File too large. What was sampled before is kept; "
+        "make room, and start the same command again to go on"
+    ]
+    kept = output.read_bytes()
+    assert kept == whole.read_bytes()[:room] and len(recover(output, 6)) == 5
+    assert command(*sampling, "--output", output) == 0
+    assert output.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(questions, checkpoint, tmp_path):
+    """SIGKILL between any two answers, or while a batch is written: the same file in the end."""
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "r.jsonl"
+    rows = [{"id": f"n{i}", "question": "How many?", "answer": str(i % 5)} for i in range(200)]
+    write_jsonl(questions, rows)
+    sampling = ("sample", questions, "--model", checkpoint[0], "--n", 6, "--batch-questions", 3)
+    assert command(*sampling, "--output", whole) == 0
+    rng, before = random.Random(0), 0
+    for _ in range(20):
+        first = f"sampler = test_mmpr.Killed({rng.randrange(3, 25)}, {rng.random()})"
+        killed = in_a_process(first, *sampling, "--output", output)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        written = len(output.read_bytes()) if output.exists() else 0
+        assert written >= before, "what reached the disk was sampled again"
+        before = len(b"".join(output.read_bytes().splitlines(True)[: 6 * len(recover(output, 6))]))
+    assert command(*sampling, "--output", output) == 0
+    assert output.read_bytes() == whole.read_bytes()
+
+
+class Killed(FakeSampler):
+    """Kills its process after so many answers, by half of the chances while a batch is written."""
+
+    def __init__(self, after, chance):
+        super().__init__()
+        self.after = after
+        if chance < 0.5:
+            os.fsync = lambda _: self.after <= 0 and os.kill(os.getpid(), signal.SIGKILL)
+        self.waits = chance < 0.5
+
+    def answers(self, request, config):
+        self.after -= 1
+        if self.after < 0 and not self.waits:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().answers(request, config)
+
+
+class Weighing(FakeSampler):
+    """Weighs its process: MiB of memory when 2,000 questions were taken, and at the end."""
+
+    def stream(self, requests, config, *, ahead=None):
+        for number, answer in super().stream(requests, config, ahead=ahead):
+            yield number, answer
+            if number == 2000:
+                begin = self.weigh()
+        print(f"grown by {self.weigh() - begin:.1f} MiB")
+
+    def weigh(self):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_50_000_questions(checkpoint, tmp_path):
+    """Pictures of 0.2 MB: 50,000 would be 10 GB, and a batch that waits for the sampler 50 MB."""
+    Image.effect_noise((256, 256), 60).convert("RGB").save(tmp_path / "a.jpg")
+    ask = "<image>\nHow many bars of this chart are red, and how many of them are blue?"
+    rows = (
+        {"id": f"q{i}", "image": "a.jpg", "question": ask, "answer": "3"} for i in range(50_000)
+    )
+    write_jsonl(tmp_path / "q.jsonl", rows)
+    words = ("sample", tmp_path / "q.jsonl", "--model", checkpoint[0], "--n", 2)
+    words += ("--output", tmp_path / "r.jsonl", "--prompt-style", "final")
+    done = in_a_process("sampler = test_mmpr.Weighing(backwards=64)", *words)
+    assert done.returncode == 0, done.stderr
+    grown = float(re.search(r"grown by (-?[\d.]+) MiB", done.stdout)[1])
+    assert grown < 15, done.stdout
+    assert sum(1 for _ in (tmp_path / "r.jsonl").open()) == 100_000
 
 
 def test_model_fingerprint(tmp_path):
