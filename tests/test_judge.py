@@ -137,6 +137,7 @@ def test_reading_a_reply(reply: str, expected: bool | None) -> None:
 
 BRIEF = {"timeout": 0.2, "max_retries": 0}
 LIE, HTML = says("Certainly! It is correct."), gives(b"<html>", Content_Type="text/html")
+NOT_SAID = Judgement(None, 'judge: its reply is not {"correct": true} or {"correct": false}')
 FAILED: list[tuple[str, list[Answer], dict[str, Any], Judgement, int]] = [
     ("error-then-well", [fails(500, **SOON), RIGHT], {}, Judgement(True), 2),
     ("too-many-requests", [fails(429, Retry_After="0.1"), WRONG], {}, Judgement(False), 2),
@@ -146,13 +147,8 @@ FAILED: list[tuple[str, list[Answer], dict[str, Any], Judgement, int]] = [
     ("lie-then-well", [LIE, RIGHT], {}, Judgement(True), 2),
     ("no-text", [says(None), RIGHT], {}, Judgement(True), 2),
     ("error-lie-well", [fails(500, **SOON), LIE, RIGHT], {}, Judgement(True), 3),
-    (
-        "lies",
-        [LIE],
-        {},
-        Judgement(None, 'judge: its reply is not {"correct": true} or {"correct": false}'),
-        3,
-    ),
+    ("lies", [LIE], {}, NOT_SAID, 3),
+    ("error-lie", [fails(500, **SOON), LIE], {"max_retries": 1}, NOT_SAID, 2),
     ("html", [HTML], {}, Judgement(None, "judge: its response is no chat completion"), 3),
     (
         "endless",
