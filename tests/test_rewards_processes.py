@@ -34,7 +34,7 @@ def fake(tmp_path: Path) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def real() -> Iterator[VerifierPool]:
     """A pool with the real math-verify."""
-    with VerifierPool(limit=1) as pool:
+    with VerifierPool(limit=2) as pool:
         yield pool
 
 
@@ -62,7 +62,7 @@ def test_a_hanging_expression_costs_its_limit_once(real):
     first = real.judge(math("9**9**9**9"))
     assert time.monotonic() - start > 0.9
     assert (first.outcome, first.score) == ("timeout", None)
-    assert first.reason == "ran past its limit of 1 s"
+    assert first.reason == "ran past its limit of 2 s"
     both = list(real.map([math("9**9**9**9"), math("x+2", "2+x"), math("9**9**9**9")]))
     assert [verdict.outcome for verdict in both] == ["timeout", "correct", "timeout"]
     assert real.counters.timeouts == before + 1
@@ -96,9 +96,26 @@ def test_killed_processes_are_replaced(fake):
             time.sleep(0.1)
             assert pool.judge(math(f"c{number} = 3")).outcome == "correct"
             timer.join()
+        # Ctrl-C is not theirs, however it reaches them
+        for pid in pool.process_ids:
+            os.kill(pid, signal.SIGINT)
+        time.sleep(0.1)
+        assert not any(map(is_gone, pool.process_ids))
         # a death is not remembered: another process may have caused it
         assert (pool.counters.compared, len(pool.cache.new)) == (7, 5)
         pids = pool.process_ids
+    wait_until_gone(pids)
+
+
+def test_a_process_that_does_not_react_is_ended_all_the_same(fake):
+    pool = VerifierPool(limit=60)
+    assert pool.judge(math("a = 3")).outcome == "correct"
+    pids = pool.process_ids
+    os.kill(pids[0], signal.SIGSTOP)
+    thread = threading.Thread(target=pool.close, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
     wait_until_gone(pids)
 
 
