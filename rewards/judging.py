@@ -38,8 +38,12 @@ def _by_rule(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
     return {**record, "matcher": rules or ["exact"]}, True
 
 
-def judging_fault(record: Mapping[str, Any], *, has_judge: bool) -> str | None:
-    """What is wrong with what a question asks to be judged by, or None; see `request_fault`.
+def judging_fault(
+    record: Mapping[str, Any], *, has_judge: bool, unanswered: bool = False
+) -> str | None:
+    """What keeps a question's completions from being judged as it asks for, or None.
+
+    unanswered: see `request_fault`, of which this is the one for commands that may have a judge.
 
     >>> judging_fault({"matcher": "judge"}, has_judge=False)
     "matcher 'judge' needs a judge: give judge_base_url and judge_model"
@@ -47,7 +51,7 @@ def judging_fault(record: Mapping[str, Any], *, has_judge: bool) -> str | None:
     by_rule, named = _by_rule(record)
     if named and not has_judge:
         return "matcher 'judge' needs a judge: give judge_base_url and judge_model"
-    return request_fault(by_rule)
+    return request_fault(by_rule, unanswered=unanswered)
 
 
 def judge_records(
@@ -105,6 +109,8 @@ def _by_judge(
     verdicts = [verdict for _, verdict in pairs]
     places, questions = [], []
     for place, (asked, verdict) in enumerate(pairs):
+        if not any(gold.strip() for gold in asked.task.answers):
+            continue  # a question without a gold answer
         open_one = open_ones_too and verdict.outcome == Outcome.CANNOT_JUDGE
         if open_one or (asked.named and verdict.outcome not in _LEFT_ALONE):
             places.append(place)

@@ -64,7 +64,11 @@ def main() -> None:
     rows = stage.rows(
         *(args.train_file, "question"),
         room=args.max_completion_length,
-        record_fault=partial(judging_fault, has_judge=judge is not None),
+        record_fault=partial(
+            judging_fault,
+            has_judge=judge is not None,
+            unanswered="accuracy" not in args.reward_funcs,
+        ),
     )
     check_asked(judge, args, rows)
     longest = max(stage.encoder.length(row, "question") for row in rows)

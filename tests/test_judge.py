@@ -344,6 +344,7 @@ def test_without_the_package(make: MakeJudge, monkeypatch: pytest.MonkeyPatch) -
 NUMBER = {"question": "How many?", "answer": "9", "matcher": "number"}
 CITY = {"question": "Which city?", "answer": ["New York", "NYC"], "matcher": "judge"}
 BOTH = {**CITY, "matcher": ["exact", "judge"], "options": ["London", "New York"]}
+NO_GOLD = {"question": "Describe it.", "answer": ""}
 OPEN = {"question": "How many?", "answer": "a few", "matcher": "number"}  # gold is no number
 MIXED: list[tuple[dict[str, Any], str, str, str]] = [
     (NUMBER, "Final answer: 9", "correct", "number"),
@@ -353,6 +354,7 @@ MIXED: list[tuple[dict[str, Any], str, str, str]] = [
     (CITY, "I cannot tell.", "no_answer", "exact"),
     (BOTH, "Final answer: Gotham", "correct", "judge"),
     (NUMBER, "Final answer: 8", "wrong", "number"),  # what a rule calls wrong is not asked
+    (NO_GOLD, "Final answer: 3", "cannot_judge", "exact"),  # never asked
     (OPEN, "Final answer: 3", "cannot_judge", "number"),
 ]
 
@@ -364,7 +366,7 @@ def test_judge_and_rules(server: Server, make: MakeJudge) -> None:
     with VerifierPool() as pool:
         verdicts = list(judge_records(iter(pairs), pool, judge))
         assert [(str(v.outcome), v.matcher) for v in verdicts] == [row[2:] for row in MIXED]
-        scores = [1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, None]
+        scores = [1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, None, None]
         assert [verdict.score for verdict in verdicts] == scores
         sent = [json.loads(body["messages"][1]["content"]) for _, _, body in server.requests]
         assert [one["prediction"] for one in sent] == ["the Big Apple", "Paris", "Gotham"]
@@ -388,6 +390,8 @@ def test_a_question_that_names_the_judge_without_one() -> None:
     assert judging_fault(BOTH, has_judge=True) is None
     assert "psychic" in str(judging_fault({"matcher": ["judge", "psychic"]}, has_judge=True))
     assert judging_fault(NUMBER, has_judge=False) is None
+    assert "'answer' is empty" in str(judging_fault(NO_GOLD, has_judge=True))
+    assert judging_fault(NO_GOLD, has_judge=True, unanswered=True) is None
     with VerifierPool() as pool:
         with pytest.raises(ValueError, match=message):
             list(judge_records([(CITY, "Final answer: Paris")], pool))
