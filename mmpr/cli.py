@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from internvl.terminal import command_parser, run_command
-from mmpr.commands import build, check, dropout, pair, sample, select, stats, verify, view
+from mmpr.commands import build, check, dropout, export, pair, sample, select, stats, verify, view
 
 _ABOUT = "Preference data for MPO and questions for online RL, from questions with gold answers."
 _EXAMPLE = """\
@@ -41,6 +41,7 @@ _COMMANDS = (
     pair.COMMAND,
     dropout.COMMAND,
     check.COMMAND,
+    export.COMMAND,
     select.COMMAND,
     stats.COMMAND,
     view.COMMAND,
