@@ -15,22 +15,25 @@ rounds.
     ours    `mmpr sample` without the start of the engine: read and check the rows, look for what is
             done, sample, write every batch and sync it to disk
 
-`ratio_to_bare_vllm` is ours / bare in rollouts a second, `cpu_ratio` the same in CPU time, which
-other work on the machine does not change. `same_completions` is the share of completions that are
-equal, token by token (1.0 on a CPU with one thread).
+The time of a side is its process's CPU time, which on a free core is wall time and on a shared one
+does not change with what others do, and the time that it waits for the disk (fsync), by the clock.
+On a GPU (--clock) it is the clock's alone. `ratio_to_bare_vllm` is ours / bare in rollouts a
+second; `clock_ratio` is the same by the clock. `same_completions` is the share of completions that
+are equal, token by token (1.0 on a CPU with one thread).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # this file has the name of the package: its folder must not be searched first
 sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Path(__file__).parent]
@@ -110,20 +113,48 @@ class Sides:
         self.llm.llm_engine.reset_encoder_cache()
 
 
-def measure(sides: Sides, rounds: int) -> tuple[dict[str, list[tuple[float, float]]], float]:
-    """(wall, CPU) seconds of each side in each round, and the share of equal completions."""
-    taken: dict[str, list[tuple[float, float]]] = {"bare": [], "ours": []}
+class Disk:
+    """Seconds spent in os.fsync, which `with` counts."""
+
+    def __enter__(self) -> Disk:
+        self.seconds, self._sync = 0.0, os.fsync
+        os.fsync = self._counted  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.fsync = self._sync
+
+    def _counted(self, file: Any) -> None:
+        start = time.perf_counter()
+        self._sync(file)
+        self.seconds += time.perf_counter() - start
+
+
+class Spent(NamedTuple):
+    """Seconds of one turn: by the clock, of the processor, waiting for the disk."""
+
+    clock: float
+    cpu: float
+    disk: float
+
+
+Taken = dict[str, list[Spent]]
+
+
+def measure(sides: Sides, rounds: int) -> tuple[Taken, float]:
+    """What each side spent in each round, and the share of equal completions."""
+    taken: Taken = {"bare": [], "ours": []}
     ways: dict[str, Callable[[Path], Tokens]] = {"bare": sides.bare, "ours": sides.ours}
     tokens: dict[str, Tokens] = {}
     for number in range(rounds + 1):
         for name in ("bare", "ours") if number % 2 else ("ours", "bare"):
             sides.empty_caches()
-            with tempfile.TemporaryDirectory() as folder:
-                wall, cpu = time.perf_counter(), time.process_time()
+            with tempfile.TemporaryDirectory() as folder, Disk() as disk:
+                clock, cpu = time.perf_counter(), time.process_time()
                 tokens[name] = ways[name](Path(folder))
-                spent = (time.perf_counter() - wall, time.process_time() - cpu)
-            if number:
-                taken[name].append(spent)
+                ends = (time.perf_counter() - clock, time.process_time() - cpu)
+            if number:  # the first round warms up
+                taken[name].append(Spent(*ends, disk.seconds))
     pairs = [
         pair
         for a, b in zip(tokens["bare"], tokens["ours"], strict=True)
@@ -132,18 +163,27 @@ def measure(sides: Sides, rounds: int) -> tuple[dict[str, list[tuple[float, floa
     return taken, sum(a == b for a, b in pairs) / len(pairs)
 
 
-def report(
-    taken: dict[str, list[tuple[float, float]]], same: float, rollouts: int
-) -> dict[str, Any]:
+def report(taken: Taken, same: float, rollouts: int, *, by_clock: bool) -> dict[str, Any]:
     """The numbers of the module's docstring."""
-    wall = {name: statistics.median(spent[0] for spent in both) for name, both in taken.items()}
-    cpu = {name: statistics.median(spent[1] for spent in both) for name, both in taken.items()}
+
+    def median(name: str, *, by_clock: bool) -> float:
+        turns = taken[name]
+        return statistics.median(s.clock if by_clock else s.cpu + s.disk for s in turns)
+
+    seconds = {name: median(name, by_clock=by_clock) for name in taken}
+    clock = {name: median(name, by_clock=True) for name in taken}
     return {
-        "ratio_to_bare_vllm": round(wall["bare"] / wall["ours"], 3),
-        "cpu_ratio": round(cpu["bare"] / cpu["ours"], 3),
+        "ratio_to_bare_vllm": round(seconds["bare"] / seconds["ours"], 3),
+        "clock_ratio": round(clock["bare"] / clock["ours"], 3),
         "same_completions": round(same, 4),
-        "rollouts_per_second": {name: round(rollouts / spent, 1) for name, spent in wall.items()},
-        "rounds": {name: [round(spent[0], 2) for spent in both] for name, both in taken.items()},
+        "rollouts_per_second": {
+            name: round(rollouts / spent, 1) for name, spent in seconds.items()
+        },
+        "disk_share": round(
+            sum(s.disk for s in taken["ours"]) / sum(s.clock for s in taken["ours"]), 4
+        ),
+        "cpu_rounds": {name: [round(s.cpu, 2) for s in turns] for name, turns in taken.items()},
+        "clock_rounds": {name: [round(s.clock, 2) for s in turns] for name, turns in taken.items()},
     }
 
 
@@ -168,6 +208,7 @@ def main() -> None:
     add("--max-tokens", type=int, default=32, help="(default: %(default)s)")
     add("--max-model-len", type=int, default=512, help="(default: %(default)s)")
     add("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
+    add("--clock", action="store_true", help="time by the clock: where the work is a GPU's")
     add("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args()
     if (args.model is None) != (args.questions is None):
@@ -179,7 +220,7 @@ def main() -> None:
         sides = Sides(model, questions, config, args.max_model_len)
         taken, same = measure(sides, args.rounds)
         rollouts = len(questions.read_text().splitlines()) * config.n
-    result = report(taken, same, rollouts)
+    result = report(taken, same, rollouts, by_clock=args.clock)
     for name, value in result.items():
         print(f"{name:22}{value}")
     if args.json:

@@ -42,9 +42,9 @@ class Server:
     """One server and how it does.
 
     url: as it was given. facts: what `look` found out about it. reason: why it is out, None while
-    it is in. out_since, retry_at: when it was taken out, and when it is
-    looked at again (time.monotonic). served: whether it has answered a job since it
-    came in.
+    it is in. out_since, retry_at: when it was taken out (the first time after its last answer), and
+    when it is looked at again (time.monotonic). failures: since its last answer. served: whether it
+    has answered a job since it came in. looking: whether a worker looks at it now.
     """
 
     url: str
@@ -227,10 +227,10 @@ class ServerPool(Generic[Job, Answered]):
         with self._work_there:
             if server.reason is None or server.looking:  # not once for each of its workers
                 pause = min(self.pause * 2**server.failures, LONGEST_PAUSE)
+                if not server.failures:  # it may come in and fail again before it answers a job
+                    server.out_since = time.monotonic()
                 server.retry_at = time.monotonic() + pause
                 server.failures += 1
-                if server.reason is None:
-                    server.out_since = time.monotonic()
             server.reason = reason
         if tell:
             _tell(f"{server.url} is taken out and tried again later: {reason}")

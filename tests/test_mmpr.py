@@ -337,13 +337,13 @@ def test_a_full_disk_is_told_and_nothing_is_lost(questions, checkpoint, tmp_path
 def test_killed_at_twenty_random_moments(questions, checkpoint, tmp_path):
     """SIGKILL between any two answers, or while a batch is written: the same file in the end."""
     whole, output = tmp_path / "whole.jsonl", tmp_path / "r.jsonl"
-    rows = [{"id": f"n{i}", "question": "How many?", "answer": str(i % 5)} for i in range(200)]
+    rows = [{"id": f"n{i}", "question": "How many?", "answer": str(i % 5)} for i in range(400)]
     write_jsonl(questions, rows)
     sampling = ("sample", questions, "--model", checkpoint[0], "--n", 6, "--batch-questions", 3)
     assert command(*sampling, "--output", whole) == 0
     rng, before = random.Random(0), 0
     for _ in range(20):
-        first = f"sampler = test_mmpr.Killed({rng.randrange(3, 25)}, {rng.random()})"
+        first = f"sampler = test_mmpr.Killed({rng.randrange(3, 15)}, {rng.random()})"
         killed = in_a_process(first, *sampling, "--output", output)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         written = len(output.read_bytes()) if output.exists() else 0

@@ -166,6 +166,10 @@ def test_no_server_left_is_one_clear_error(tiny_model, fakes):
         opened(tiny_model, fake)
     fake.start()
     assert len(sampler.sample(requests(3), CONFIG)) == 3, "the same sampler goes on"
+    # it says what it serves, and never answers: it comes in again and again
+    fake.behave = lambda number, body: (503, "overloaded")
+    with pytest.raises(UserError, match=r"no server has answered for 0.3 s: .*HTTP 503: overload"):
+        sampler.sample(requests(3), CONFIG)
 
 
 GARBAGE = [
@@ -247,7 +251,7 @@ def test_what_a_server_refuses(tiny_model, fakes):
         assert not isinstance(caught.value, DataError), "no question is to blame"
 
 
-def test_a_server_of_something_else_is_found_out(tiny_model, fakes):
+def test_a_server_of_something_else_is_found_out(tiny_model, fakes, monkeypatch):
     two = fakes(models=[{"id": "a"}, {"id": "b"}])
     with pytest.raises(UserError, match="offers 'a', 'b'; name one of them"):
         opened(tiny_model, two)
@@ -267,6 +271,9 @@ def test_a_server_of_something_else_is_found_out(tiny_model, fakes):
         opened(tiny_model, two, served_name="b").update_weights([])
     with pytest.raises(UserError, match="--server localhost:8000: expected a URL"):
         open_servers(tiny_model, ["localhost:8000"])
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(UserError, match=r"pip install 'internvl-posttraining\[api\]'"):
+        opened(tiny_model, two)
 
 
 def test_a_long_prompt_and_an_image_within_a_line_are_that_questions(tiny_model, fakes):
