@@ -40,6 +40,7 @@ from mmpr.resumable import (
     Asked,
     check_same_run,
     meta_path,
+    naming_the_file,
     recover,
     sample_good,
     whole_lines,
@@ -231,19 +232,21 @@ def describe_run(
     return {**names, **facts}
 
 
-def check_unchanged(
-    rows: Sequence[Row], chosen: dict[str, int], done: dict[str, dict[str, Any]], output: Path
-) -> None:
+def _text_of(record: dict[str, Any]) -> int:
+    """A number of what a continuation was asked for, which is all that is kept of those done."""
+    return stable_hash(*(record.get(name) for name in ("question", "system", "chosen")))
+
+
+def check_unchanged(rows: Sequence[Row], chosen: dict[str, int], output: Path) -> None:
     """Raise UserError where a continuation on disk is of a rollout that is another now."""
-    for pair_id, record in done.items():
+    for pair_id, text in recover(output, 1, _text_of).items():
         if pair_id not in chosen:
             raise UserError(
                 f"{output} holds {pair_id!r}, whose rollout is not among those taken now. "
                 "Give another --output, or the same rollouts and options to go on."
             )
         row = rows[chosen[pair_id]]
-        now = (row.data["question"], row.data["completion"])
-        if (record.get("question"), record.get("chosen")) != now:
+        if _text_of({**row.data, "chosen": row.data["completion"]}) != text:
             raise UserError(
                 f"{row.file}:{row.line}: the rollout of {pair_id!r} has changed since {output} was "
                 "begun. Give another --output."
@@ -272,8 +275,9 @@ def sample_continuations(
     from tqdm import tqdm
 
     run = {**run, "model": check_same_run(output, run)}
-    done = recover(output, 1)
-    write_json(meta_path(output), run)
+    done = recover(output, 1, _text_of)
+    with naming_the_file(meta_path(output)):
+        write_json(meta_path(output), run)
     pending = [pair_id for pair_id in chosen if pair_id not in done]
     report.done_before = len(done)
     sampler: Sampler | None = None
@@ -285,7 +289,7 @@ def sample_continuations(
             if asked and sampler is None:
                 sampler = open_sampler()
             answered = sample_good(sampler, asked, config, quarantine) if sampler else []
-            with append_jsonl(output) as out:
+            with naming_the_file(output), append_jsonl(output) as out:
                 for one, (completion,) in answered:
                     out.write(dump_line(_continued(one, completion, starter, run, config)))
             report.sampled += len(answered)

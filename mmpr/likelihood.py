@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from internvl.data import Quarantine, Row, append_jsonl, dump_line, write_json
 from internvl.errors import DataError
-from mmpr.resumable import check_same_run, meta_path, recover
+from mmpr.resumable import check_same_run, meta_path, naming_the_file, recover
 
 if TYPE_CHECKING:
     from internvl.scoring import PairScorer
@@ -45,7 +45,8 @@ def keep_less_likely(
 
     check_same_run(output, run)
     done = recover(output, 1)
-    write_json(meta_path(output), run)
+    with naming_the_file(meta_path(output)):
+        write_json(meta_path(output), run)
     pending = [pair for pair in pairs if pair["id"] not in done]
     scorer = open_scorer() if pending else None
     bar = tqdm(total=len(pairs), initial=len(pairs) - len(pending), desc="scoring", unit="pair")
@@ -62,7 +63,7 @@ def keep_less_likely(
                 continue
             values = {"chosen_logprob": chosen, "rejected_logprob": rejected}
             scored.append({"id": pair["id"], "sample": 0, **values})
-        with append_jsonl(output) as out:
+        with naming_the_file(output), append_jsonl(output) as out:
             out.writelines(map(dump_line, scored))
         done |= {record["id"]: record for record in scored}
         bar.update(len(pending[start : start + _AT_ONCE]))

@@ -141,7 +141,7 @@ def _make_pairs(
     from internvl.sampler import SamplingConfig, choose_backend, open_sampler
     from mmpr import dropout
     from mmpr.hashing import model_fingerprint
-    from mmpr.resumable import check_same_run, recover
+    from mmpr.resumable import check_same_run
 
     sampling = SamplingConfig(1, args.temperature, args.top_p, args.top_k, args.max_tokens)
     fingerprint = model_fingerprint(args.model)
@@ -152,7 +152,7 @@ def _make_pairs(
     )
     # before the model is loaded: is this the same run, and is anything left to do?
     check_same_run(continuations, run)
-    dropout.check_unchanged(rows, chosen, recover(continuations, 1), continuations)
+    dropout.check_unchanged(rows, chosen, continuations)
 
     def open_it() -> Sampler:
         return open_sampler(
