@@ -82,7 +82,8 @@ _OTHER = re.compile(
     rf"{_QUOTE}\s{{0,3}}(?:the\s+|correct\s+)?answer\s{{0,3}}[:：]|<answer>", re.IGNORECASE
 )
 _LETTER = re.compile(
-    r"(?:please\s+)?(?:directly\s+)?(?:answer|respond|reply)\s(?:with|using|by|only|just|directly)"
+    r"(?:please\s+)?(?:(?:directly|only)\s+)?(?:answer|respond|reply)\s(?:with|using|by|only|just|"
+    r"directly)"
     r"[^.\n]{0,60}?\bletters?\b[^.\n]{0,60}\.?"
     r"|(?:please\s+)?(?:select|choose|give|provide)\s[^.\n]{0,60}?\b(?:option|choice)(?:['’]s)?"
     r"\s+letters?\b[^.\n]{0,60}\.?"
@@ -91,14 +92,17 @@ _LETTER = re.compile(
     re.IGNORECASE,
 )
 _SHORT = re.compile(
-    r"(?:please\s+)?(?:answer|respond|reply)\b[^.\n]{0,40}?\b(?:a\s+)?(?:single|one|few)\s+"
-    r"(?:words?|numbers?|phrases?)[^.\n]{0,40}\.?"
-    r"|(?:please\s+)?(?:answer|respond|reply)\b[^.\n]{0,25}?\b(?:briefly|concisely)\.?"
+    r"(?:please\s+)?(?:try\s+to\s+)?(?:answer|respond|reply)\b[^.\n]{0,40}?\b(?:a\s+)?"
+    r"(?:single|one|few|short)\s+(?:words?|numbers?|phrases?|answers?|sentences?)[^.\n]{0,40}\.?"
+    r"|(?:please\s+)?(?:answer|respond|reply)\b[^.\n]{0,25}?\b(?:briefly|concisely|directly)\.?"
+    r"|(?:please\s+)?(?:give|provide)\s+(?:a\s+|an?\s+)?(?:short|brief|concise|direct)\b"
+    r"[^.\n]{0,20}\b(?:answer|response|reply)\.?"
     r"|(?:please\s+)?answer\s+(?:with\s+|only\s+|just\s+)*[\"'“]?yes[\"'”]?(?:\s+or\s+|/)[\"'“]?no"
     r"[\"'”]?\.?"
-    r"|(?:请)?(?:直接|只)?(?:用|以)[^。\n]{0,8}(?:单词|词语|词组|短语|词|数字)[^。\n]{0,10}"
+    r"|(?:请)?(?:直接|只)?(?:用|以)[^。\n]{0,8}(?:单词|词语|词组|短语|词|数字|一句话)[^。\n]{0,10}"
     r"(?:回答|作答)[^。\n]{0,10}。?"
-    r"|(?:请)?(?:简短|简要|简洁)(?:地)?(?:回答|作答)[^。\n]{0,8}。?"
+    r"|(?:请)?(?:用|以)?一句话(?:来)?(?:回答|作答)[^。\n]{0,8}。?"
+    r"|(?:请)?(?:直接|简短|简要|简洁)(?:地)?(?:回答|作答)[^。\n]{0,8}。?"
     r"|(?:请)?(?:直接|只)?(?:用|以)?(?:回答)?[“\"]?是[”\"]?(?:或者?|/)[“\"]?(?:否|不是)[”\"]?"
     r"(?:来?(?:回答|作答))?。?",
     re.IGNORECASE,
@@ -188,6 +192,8 @@ def add_instruction(
     if own is not None and not (reasons and own in ("letter", "short")):
         return Prompted(question, system, own)
     bare = _bare_instruction(question)[0] if reasons else question
+    if not bare.replace(IMAGE_PLACEHOLDER, "").strip():
+        return Prompted(question, system, own or "none")  # nothing but the instruction
     words = question_language(bare) if language == "auto" else language
     if style == "r1":
         system = f"{system}\n\n{_R1_SYSTEM[words]}" if system else _R1_SYSTEM[words]

@@ -86,6 +86,13 @@ def test_r1_asks_in_the_system_prompt_after_the_rows_own():
         ("Please answer the question with one word.", "short"),
         ("Please answer Yes or No.", "short"),
         ("Answer yes or no", "short"),
+        ("Please try to answer the question with short words or phrases if possible.", "short"),
+        ("Provide a short and direct response.", "short"),
+        ("Answer the question directly.", "short"),
+        ("Only respond with the letter A, B, C or D.", "letter"),
+        ("请选择正确选项的字母。", "letter"),
+        ("请直接回答问题。", "short"),
+        ("请用一句话回答", "short"),
         ("请用一个词或短语回答问题。", "short"),
         ("请用单个词或短语回答这个问题。", "short"),
         ("请简短回答。", "short"),
@@ -143,11 +150,18 @@ def test_a_question_keeps_the_form_that_it_asks_for(instruction, style):
         "Which phrase is written in a single word on the wall?",
         "What does the sign say: yes or no?",
         "他回答的是或不是？为什么",
+        "Please answer the question. Why is the sky in the picture so dark?",
+        "直接税和间接税各是多少？",
     ],
 )
 def test_a_question_that_asks_for_no_form(question):
     assert asked_style(question) is None
     assert add_instruction(question, "final").question.startswith(question + "\n")
+
+
+def test_a_question_that_is_an_instruction_stays():
+    alone = "<image>\nAnswer briefly."
+    assert add_instruction(alone, "final").question == alone
 
 
 def test_a_record_keeps_its_question_and_can_go_back():
