@@ -21,6 +21,7 @@ _AND = re.compile(
     r"^and\s{1,9}|\s{1,9}and\s{1,9}|\s{1,9}&\s{1,9}|\s{0,3}[和与及]\s{0,3}", re.IGNORECASE
 )
 _MARK = re.compile(r"[\"'“‘「《\[({（【\])}）】,;；、，\n]")
+_COLON = re.compile(r"\s?:\s?")
 _DIGITS = re.compile(r"\d")
 
 
@@ -172,7 +173,10 @@ def match_list(prediction: str, gold: str, options: Options = None) -> float:
 
 def _item(text: str) -> str:
     """An item as it is compared, a record's without spaces around its colon."""
-    return re.sub(r"\s?[:：]\s?", ":", normalise(text).strip("'\""), count=1)
+    text = normalise(text)
+    if text[:1] in _QUOTES:
+        text = text.strip("'\"")
+    return _COLON.sub(":", text, count=1) if ":" in text else text
 
 
 def _f1(given: list[str], wanted: list[str]) -> float:

@@ -23,7 +23,7 @@ def normalise(text: str) -> str:
     ('paris', '*')
     """
     folded = text if text.isascii() else fold(text)
-    return " ".join((clean(folded) or folded).split()).casefold()
+    return " ".join((clean(folded) or folded.strip(" \t\r\n*`") or folded).split()).casefold()
 
 
 def _require(gold: str, normalised: str) -> str:

@@ -83,7 +83,7 @@ CURRENCIES = {"$": "$", "us$": "$", "usd": "$", "€": "€", "eur": "€", "£"
 # "5 or", "5 May", "5 million to": a word that makes something else of the number before it
 _NO_UNIT_WORDS = """
     or and of in on at for with per to not but nor from than minus plus times by versus vs about
-    maybe perhaps if because since is are was were isn wrong th st nd rd am pm ad bc ago
+    maybe perhaps if because no none since is are was were isn wrong th st nd rd am pm ad bc ago
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
     sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
     hundred thousand million billion trillion dozen half third quarter
