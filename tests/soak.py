@@ -49,6 +49,7 @@ PIECES = [
 ]  # fmt: skip
 HUGE = ["(", "\\boxed{", "Final answer: ", "{", "$", "A. ", "\\frac{", "9", "<box>[[", "**",
         "答案：", " ", "\n", "1,", "\\", "-", "\u202e", "[", "answer is ", "\ud800"]  # fmt: skip
+SUMS = ("\\sum_{k=1}^{N} k^2", "N! + x", "\\int_0^N x dx")
 # each of these keeps sympy busy for minutes, or for ever
 HANGS: tuple[Callable[[int], str], ...] = (
     lambda n: f"9**9**9**{n}",
@@ -87,7 +88,7 @@ def answers(matcher: str, rng: Random) -> dict[str, Callable[[], str]]:
         "marks": lambda: "".join(c + rng.choice(["", "\u202e", "\u200f", "\ufeff"]) for c in good),
         "fractions": lambda: "\\frac{1}{1+" * size + "x" + "}" * rng.choice([size, size - 1]),
         "boxes": lambda: "\\boxed{" * size + good + "}" * rng.randint(0, size + 1),
-        "sums": lambda: f"\\sum_{{k=1}}^{{{size}}} k^2 + {size}! + \\int_0^{{{size}}} x dx",
+        "sums": lambda: rng.choice(SUMS).replace("N", str(size)),
         "towers": lambda: f"{size}^{{2^{{{rng.randint(0, 3)}}}}}",
     }  # fmt: skip
 
