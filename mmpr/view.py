@@ -59,16 +59,20 @@ class ViewConfig:
             raise UserError(f"seed is {self.seed}; it must be at least 0")
 
 
-def write_page(listing: Listing, columns: Columns, output: Path, config: ViewConfig) -> int:
-    """Write the page of a set and return how many items it shows; the same set, the same bytes.
-
-    columns: of the whole listing. Raises UserError for conversations: they have nothing to compare.
-    """
+def refuse_kind(listing: Listing) -> None:
+    """Raise UserError for conversations, which have nothing to compare."""
     if listing.kind not in KIND_LABELS:
         raise UserError(
             f"{listing.path}: {listing.kind}s; a page shows {', '.join(KIND_LABELS)}s "
             "(`mmpr stats` gives numbers of this file)"
         )
+
+
+def write_page(listing: Listing, columns: Columns, output: Path, config: ViewConfig) -> int:
+    """Write the page of a set and return how many items it shows; the same set, the same bytes.
+
+    columns: of the whole listing, of a kind that `refuse_kind` lets pass.
+    """
     sorts = item_sorts(columns)
     items = draw_evenly(sorts, config.max_rows, config.seed)
     cards = _make_cards(listing, item_rows(columns, items), config.pictures)

@@ -75,7 +75,9 @@ def histogram(
     first_tick = math.ceil(first * step / every) * every
     last = (first + number) * step
     ticks = [
-        ((tick / step - first) * width, f"{tick:,}") for tick in range(first_tick, last, every)
+        # a bin of one number has its name in the middle, others at the edge where they begin
+        ((tick / step - first + (step == 1) / 2) * width, f"{tick:,}")
+        for tick in range(first_tick, last, every)
     ]
     return _chart(title, note, tuple(series), counts, labels, tuple(ticks))
 

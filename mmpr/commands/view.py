@@ -30,13 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """`mmpr view`."""
     from mmpr.columns import read_columns
-    from mmpr.view import ViewConfig, write_page
+    from mmpr.view import ViewConfig, refuse_kind, write_page
     from mmpr.view_cards import PictureSettings
 
     refuse_overwrite(args.file, args.output)
     pictures = PictureSettings(args.max_tiles, args.tile_size, args.image_side)
     config = ViewConfig(args.max_rows, args.seed, pictures)
     listing = open_listing(args.file, args.image_root)
+    refuse_kind(listing)
     columns = read_columns(listing, Quarantine(None, math.inf))  # a page tells of every bad row
     shown = write_page(listing, columns, args.output, config)
     size = args.output.stat().st_size / 1e6
