@@ -284,20 +284,22 @@ def _short(text: str, low: str) -> Extraction:
 
 
 def _box(text: str, low: str) -> Extraction:
-    """Tagged places, else a final answer, else a completion that is nothing but coordinates."""
+    """Tagged places, else a final answer, else coordinates: all there is, or the only ones."""
     if places := tagged_places(text):
         return found_at(places[0], "box", None if places[1] else TWO)
+    untagged = "the answer is no <box>, as style box asks"
     for found in (marked(text, low), _spoken(text, low, doubtful=False)):
         if found.text is not None:
-            return found_at(found.text, found.style, "the answer is no <box>, as style box asks")
-    core = peel_line(text)
+            return found_at(found.text, found.style, untagged)
+    core = peel_line(text) if len(text) <= MAX_ANSWER else ""
     if coordinates_only(core):
         return found_at(core, "box", None)
-    found = _auto(text, low)
-    if found.text is None and (place := lone_place(text)):
+    found = _unmarked(core)
+    if found.text is not None:
+        return found_at(found.text, found.style, untagged)
+    if place := lone_place(text):
         return found_at(place, "box", "the place is not tagged, and not all there is")
-    fault = "the answer is no <box>, as style box asks"
-    return found if found.text is None else found_at(found.text, found.style, fault)
+    return nothing()
 
 
 _READERS: dict[str, Callable[[str, str], Extraction]] = {

@@ -34,15 +34,13 @@ def marked(text: str, low: str, *, boxes: bool = True) -> Extraction:
     boxes: a box that stands apart from the marker's answer counts (it does unless the prompt asked
     for the marker).
     """
-    marks = [m.span() for m in _FINAL.finditer(low) if _is_mark(m)] if "final" in low else []
-    if "答案" in low:
-        marks = sorted([*marks, *(m.span() for m in _FINAL_CN.finditer(low) if _is_mark(m))])
+    marks = _last_marks(text, low)
     has_box = "\\boxed" in text or "\\fbox" in text
     box = last_box(text) if has_box else None
     if not marks:
         return boxed(text) if boxes and has_box else nothing()
     stop = len(text)
-    for start, end in reversed(marks[-_MAX_EMPTY_MARKERS:]):
+    for start, end in reversed(marks):
         inside = box is not None and end <= box[0] < stop
         apart = inside and box is not None and _stands_apart(text[end : box[0]])
         if box is not None and inside and apart and boxes:
@@ -59,6 +57,21 @@ def marked(text: str, low: str, *, boxes: bool = True) -> Extraction:
         stop = start
     found = boxed(text) if boxes else nothing()
     return found if found.text is not None else nothing("nothing follows the final answer's marker")
+
+
+def _last_marks(text: str, low: str) -> list[tuple[int, int]]:
+    """The last markers of a text, in order: more than anybody writes, but not a million."""
+    found = [*_FINAL.finditer(low)] if "final" in low else []
+    if "答案" in text:
+        found += _FINAL_CN.finditer(low)
+        found.sort(key=re.Match.start)
+    marks: list[tuple[int, int]] = []
+    for mark in reversed(found):
+        if _is_mark(mark):
+            marks.append(mark.span())
+            if len(marks) == _MAX_EMPTY_MARKERS:
+                break
+    return marks[::-1]
 
 
 def _is_mark(mark: re.Match[str]) -> bool:
