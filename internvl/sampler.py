@@ -176,7 +176,8 @@ class StreamSampler(Sampler, Protocol):
         The completions are those of `sample`. A request that cannot be answered (an image that
         cannot be decoded, a prompt that is too long) yields its `DataError` and the others go on.
         ahead: no request is taken that is so many behind the oldest one without an answer, so that
-        who puts them into order holds no more. Close the generator to stop: nothing runs on.
+        who puts them into order holds no more. Close the generator to stop: no answer of it comes
+        into a later call.
         torch's global generator may have moved afterwards.
         """
         ...

@@ -27,6 +27,7 @@ Answered = TypeVar("Answered")
 
 ATTEMPTS = 5  # of a job that is answered with something unusable
 LONGEST_PAUSE = 60.0  # seconds before a server is looked at again
+LONGEST_END = 1.0  # seconds that an early stop waits for workers; the others end by themselves
 
 
 class Unreachable(Exception):
@@ -71,7 +72,8 @@ class ServerPool(Generic[Job, Answered]):
     look: finds out whether a server is there and what it serves; raises `Unreachable`, or
     `UserError` where it is of no use at all. ask: raises `Unreachable`, `Unusable`, `DataError` for
     a job that no server could answer, `UserError` to stop everything.
-    interrupt: ends what is being asked, where a run is stopped early.
+    interrupt: closes the connections where a run is stopped early; an answer that a worker waits
+    for is not listened to, but the server may still make it until this process ends.
     concurrency: jobs at a time and server. patience: seconds to go on while no server answers.
     pause: seconds before a server that was taken out is looked at again, doubled each time.
     """
@@ -134,8 +136,9 @@ class ServerPool(Generic[Job, Answered]):
                 yield number, answer
         finally:
             self._stop(state)
+            end = time.monotonic() + LONGEST_END
             for thread in threads:
-                thread.join(timeout=5)
+                thread.join(timeout=max(0.0, end - time.monotonic()))
 
     def _add(self, task: _Task[Job], state: _Run[Job, Answered]) -> None:
         with self._work_there:

@@ -172,6 +172,18 @@ def test_no_server_left_is_one_clear_error(tiny_model, fakes):
         sampler.sample(requests(3), CONFIG)
 
 
+def test_who_stops_early_does_not_wait_for_answers(tiny_model, fakes):
+    fake = fakes(behave=lambda number, body: time.sleep(20) if number > 1 else None)
+    sampler = opened(tiny_model, fake, concurrency=4)
+    stream = sampler.stream(requests(30), CONFIG)
+    next(stream)
+    start = time.monotonic()
+    stream.close()
+    assert time.monotonic() - start < 10
+    fake.behave = lambda number, body: None
+    assert texts(sampler.sample(requests(3), CONFIG)) == expected(3), "the server is not blamed"
+
+
 GARBAGE = [
     ("<html>hello</html>", "answered what is not JSON: '<html>hello</html>'"),
     ('{"object": "list"}', "answered without choices"),
