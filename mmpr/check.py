@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from internvl.encoding import Encoder
 
 _AT_ONCE = 256  # rows that are in memory together
+_REMEMBERED = 4096  # images that need not be decoded again
 # where no tokenizer is asked: InternVL's own, as in all its checkpoints
 _CONTROL = re.compile(
     r"<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>|</?img>|<IMG_CONTEXT>|<\|begin_of_text\|>"
@@ -153,10 +154,20 @@ def read_row(source: Source, number: int, root: Path, max_tiles: int | None) -> 
 def _look(found: DataSetToCheck, source: Source) -> Iterator[_Looked]:
     """Every row in order, its images decoded in threads."""
 
+    seen: dict[tuple[str, ...], tuple[str | None, Sizes]] = {}  # pairs of a question share them
+
     def look(number: int) -> _Looked:
         row, raw = read_row(source, number, found.root, found.max_tiles)
-        fault, sizes = look_at_images(row)
-        return _Looked(raw, row, fault, sizes)
+        paths = tuple(str(image) for image in row.images) if row.fault is None else ()
+        if not paths or any(isinstance(image, bytes) for image in row.images):
+            return _Looked(raw, row, *look_at_images(row))
+        result = seen.get(paths)
+        if result is None:
+            result = look_at_images(row)
+            if len(seen) >= _REMEMBERED:
+                seen.clear()
+            seen[paths] = result
+        return _Looked(raw, row, *result)
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(source), _AT_ONCE):

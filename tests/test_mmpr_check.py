@@ -170,6 +170,7 @@ def test_mmpr_sample_puts_them_aside(
 def test_mmpr_verify_and_pair_put_them_aside(folder: Path) -> None:
     good = [line(question(**ROLLOUT) | {"sample": n}) for n in range(20)]
     broken = [(raw, "not valid JSON|the line is") for raw in broken_lines()]
+    wrong: Any
     for name, wrong, reason in [
         ("completion", None, "'completion' is NoneType"), ("completion", 5, "'completion' is int"),
         ("sample", None, "'sample' is not an integer"), ("answer", [], "'answer' is not a list"),

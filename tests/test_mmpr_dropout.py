@@ -145,7 +145,7 @@ def test_the_draw_within_a_question_is_the_seeds() -> None:
     assert chosen_of(records, max_pairs=3)[1].left_out == {"over the pairs per question": 6}
     for wrong in ({"start_ratio": 1.0}, {"max_pairs": 0}, {"outcomes": ("right",)}):
         with pytest.raises(UserError):
-            DropoutConfig(**wrong)  # type: ignore[arg-type]
+            DropoutConfig(**wrong)
 
 
 def test_placeholders_leave_the_question() -> None:
