@@ -148,8 +148,8 @@ def as_latex(text: str) -> tuple[str, str] | None:
     Source of the unit rule: an answer without its unit is the same answer, another unit is not.
 
     >>> as_latex("2**10 cm"), as_latex("sqrt(3)/2")
-    (('2^{10}', 'cm'), ('\\sqrt(3)/2', ''))
-    >>> as_latex("The answer is 4") is None
+    (('2^{10}', 'cm'), ('\\sqrt{3}/2', ''))
+    >>> as_latex("4 because the chart says so") is None
     True
     """
     text = clean(fold(text.translate(_SETS))).translate(_SIGNS)

@@ -16,9 +16,9 @@ from typing import Any
 
 from rewards.datasets import DatasetEntry, DatasetTable, load_table
 from rewards.extract import STYLES, Extraction, extract
+from rewards.listed_options import options_in
 from rewards.lists import is_list_of_lists
 from rewards.match import MATCHERS, get_matcher
-from rewards.options import options_in
 from rewards.quantities import read_number
 from rewards.reasons import CannotJudge
 from rewards.texts import normalise
@@ -299,7 +299,10 @@ def request_fault(record: Mapping[str, Any], *, unanswered: bool = False) -> str
     options = record.get("options")
     answer = record.get("answer", "")
     try:
-        golds = gold_answers(answer, matcher_names(record.get("matcher")))
+        entry = entry_of(record)
+        golds = gold_answers(
+            answer, entry.matchers if entry else matcher_names(record.get("matcher"))
+        )
     except ValueError as error:
         return str(error)
     if not unanswered and not any(gold.strip() for gold in golds):
