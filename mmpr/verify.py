@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from internvl.data import Quarantine, Row
-from rewards import Outcome, Task, Verdict, VerifierPool, request_fault, task_of
+from rewards import Outcome, Verdict
+from rewards.judging import Verifier
 
 
 @dataclass
@@ -50,14 +51,11 @@ class VerifyReport:
         }
 
 
-def rollout_task(record: dict[str, Any], style: str = "auto") -> Task:
-    """What is to be judged of a rollout, or again of a verdict, by the matcher that it asked for.
-
-    Raises ValueError for an unknown matcher.
-    """
+def as_asked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A rollout, or a verdict to be judged again, with the matcher that its question named."""
     # a verdict's own `matcher` is the one that decided
     asked = record.get("requested_matcher" if "outcome" in record else "matcher")
-    return task_of({**record, "matcher": asked}, record["completion"], style=style)
+    return {**record, "matcher": asked}
 
 
 def judged_record(record: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
@@ -67,7 +65,7 @@ def judged_record(record: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
     `requested_matcher`, so that `select` can give the question back as it was. A completion cut off
     at max_tokens never followed the format, whatever it holds.
     """
-    asked = record.get("requested_matcher" if "outcome" in record else "matcher")
+    asked = as_asked(record)["matcher"]
     judged = {
         **record,
         "outcome": str(verdict.outcome),
@@ -86,26 +84,23 @@ def judged_record(record: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
 
 
 def verify_rows(
-    rows: Iterable[Row],
-    report: VerifyReport,
-    quarantine: Quarantine,
-    pool: VerifierPool,
-    style: str = "auto",
+    rows: Iterable[Row], report: VerifyReport, quarantine: Quarantine, verifier: Verifier
 ) -> Iterator[dict[str, Any]]:
-    """The verdict of each rollout row, counted in `report`; a row that asks for an unknown matcher
-    goes to the quarantine.
+    """The verdict of each rollout row, counted in `report`; a row that asks for what cannot be done
+    (an unknown matcher) goes to the quarantine.
     """
-    waiting: deque[dict[str, Any]] = deque()  # handed to the pool, which keeps the order
+    waiting: deque[dict[str, Any]] = deque()  # handed to the verifier, which keeps the order
 
-    def tasks() -> Iterator[Task]:
+    def asked_rows() -> Iterator[tuple[dict[str, Any], str]]:
         for row in rows:
-            if fault := request_fault(row.data, unanswered=True):
+            asked = as_asked(row.data)
+            if fault := verifier.fault(asked, unanswered=True):
                 quarantine.add(row.file, row.line, fault, row.data)
                 continue
             waiting.append(row.data)
-            yield rollout_task(row.data, style)
+            yield asked, row.data["completion"]
 
-    for verdict in pool.map(tasks()):
+    for verdict in verifier.verdicts(asked_rows()):
         record = judged_record(waiting.popleft(), verdict)
         report.add(record)
         yield record

@@ -10,6 +10,7 @@ Verdict(outcome=<Outcome.CORRECT: 'correct'>, extracted='7', matcher='number', s
 format_ok=True, reason=None)
 """
 
+from rewards.datasets import DatasetTable, load_table
 from rewards.extract import STYLES, Extraction, extract
 from rewards.match import MATCHERS
 from rewards.pool import VerifierPool, verify
@@ -20,12 +21,14 @@ __all__ = [
     "MATCHERS",
     "STYLES",
     "CannotJudge",
+    "DatasetTable",
     "Extraction",
     "Outcome",
     "Task",
     "Verdict",
     "VerifierPool",
     "extract",
+    "load_table",
     "request_fault",
     "task_of",
     "verify",

@@ -28,7 +28,7 @@ from rewards.judge_cache import JudgeCache
 if TYPE_CHECKING:
     from openai import OpenAI
 
-INSTALL = "pip install 'internvl-posttraining[judge]'"
+INSTALL = "pip install 'internvl-posttraining[api]'"
 MAX_CHARACTERS = 20_000  # of a request's data; longer ones are not sent
 MAX_REPLY = 1_000_000  # bytes of a response
 _FAILURES_IN_A_ROW = 3  # times max_concurrency: then the rest of a call is given up

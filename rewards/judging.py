@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from rewards.datasets import DatasetTable
 from rewards.judge import Judge, JudgeQuestion
 from rewards.pool import VerifierPool
 from rewards.verdict import Outcome, Task, Verdict, request_fault, task_of
@@ -61,13 +62,14 @@ def judge_records(
     *,
     ask_when: str = "named",
     style: str = "auto",
+    table: DatasetTable | None = None,
 ) -> Iterator[Verdict]:
     """The verdicts of (question's record, completion), in order.
 
     ask_when: "named": the judge is asked only about questions that name it; "cannot_judge": also
     where the rules can say neither right nor wrong. What the rules call wrong stays wrong: a judge
     that is talked into it must not turn a rule over. A judge that fails makes cannot_judge, with
-    the reason "judge: ..".
+    the reason "judge: ..". style, table: see `task_of`.
     Raises ValueError for a question that names the judge where there is none, and as `task_of`.
     """
     if ask_when not in ASK_WHEN:
@@ -79,7 +81,7 @@ def judge_records(
             by_rule, named = _by_rule(record)
             if named and judge is None:
                 raise ValueError(judging_fault(record, has_judge=False))
-            task = task_of(by_rule, completion, style=style)
+            task = task_of(by_rule, completion, style=style, table=table)
             if judge is not None:
                 waiting.append(_Asked(record, task, named))
             yield task
@@ -91,6 +93,30 @@ def judge_records(
     while part := list(islice(verdicts, _AT_ONCE)):
         pairs = [(waiting.popleft(), verdict) for verdict in part]
         yield from _by_judge(pairs, judge, open_ones_too=ask_when == "cannot_judge")
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """How a command judges completions; see `judge_records`."""
+
+    pool: VerifierPool
+    judge: Judge | None = None
+    ask_when: str = "named"
+    style: str = "auto"
+    table: DatasetTable | None = None
+
+    def fault(self, record: Mapping[str, Any], *, unanswered: bool = False) -> str | None:
+        """See `judging_fault`."""
+        return judging_fault(record, has_judge=self.judge is not None, unanswered=unanswered)
+
+    def verdicts(self, asked: Iterable[tuple[Mapping[str, Any], str]]) -> Iterator[Verdict]:
+        """The verdicts of (question's record, completion), in order."""
+        return judge_records(
+            *(asked, self.pool, self.judge),
+            ask_when=self.ask_when,
+            style=self.style,
+            table=self.table,
+        )
 
 
 @dataclass(frozen=True, slots=True)

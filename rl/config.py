@@ -74,7 +74,7 @@ class RLConfig(PackedTrainingArguments):
         default=None,
         metadata={
             "help": "An OpenAI-compatible endpoint (http://localhost:8000/v1) whose model judges "
-            'the answers of questions with "matcher": "judge". Needs the extra judge.'
+            'the answers of questions with "matcher": "judge". Needs the extra api.'
         },
     )
     judge_model: str | None = field(default=None, metadata={"help": "The model's name there."})

@@ -335,7 +335,7 @@ def test_options_that_cannot_be_honoured(
 
 def test_without_the_package(make: MakeJudge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ValueError, match=r"pip install 'internvl-posttraining\[judge\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'internvl-posttraining\[api\]'"):
         make()
 
 

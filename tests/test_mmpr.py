@@ -28,8 +28,8 @@ from mmpr.sample import (
     question_seed,
     sample_batches,
 )
-from mmpr.verify import judged_record, rollout_task
-from rewards import VerifierPool
+from mmpr.verify import as_asked, judged_record
+from rewards import VerifierPool, task_of
 
 
 class FakeSampler:
@@ -543,7 +543,9 @@ def test_an_unknown_matcher_is_quarantined(tmp_path, capsys):
 
 def test_a_verdict_that_is_not_whole_is_quarantined(tmp_path):
     record = rollout("Final Answer: 9")
-    whole = judged_record(record, VerifierPool().judge(rollout_task(record)))
+    whole = judged_record(
+        record, VerifierPool().judge(task_of(as_asked(record), record["completion"]))
+    )
     rows = [whole | {"sample": i} for i in range(3)]
     rows[1] = rows[1] | {"outcome": "maybe"}
     rows[2] = rows[2] | {"extracted": None}

@@ -10,8 +10,8 @@ from internvl.errors import UserError
 from mmpr.groups import strip_rollout
 from mmpr.pairs import PairConfig, build_pairs, contains_answer, even_pairs
 from mmpr.select import accuracy, select_questions
-from mmpr.verify import judged_record, rollout_task
-from rewards import VerifierPool
+from mmpr.verify import as_asked, judged_record
+from rewards import VerifierPool, task_of
 
 # verify
 
@@ -24,7 +24,9 @@ def rollout(completion, answer="9", **more):
 
 
 def judged(record):
-    return judged_record(record, VerifierPool().judge(rollout_task(record)))
+    return judged_record(
+        record, VerifierPool().judge(task_of(as_asked(record), record["completion"]))
+    )
 
 
 def test_judged_record():

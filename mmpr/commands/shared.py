@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from internvl.data import Quarantine
@@ -64,3 +66,14 @@ def tell_image_root(image: str | list[str] | None, output: Path) -> None:
 
 def share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "-"
+
+
+@contextmanager
+def told_to_the_user() -> Iterator[None]:
+    """What `rewards` cannot honour (a ValueError there), as a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from None

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from internvl.data import Quarantine, read_rows, write_json, write_jsonl
-from internvl.errors import UserError
 from internvl.terminal import Command, print_table
 from mmpr.commands.shared import (
     add_common,
@@ -16,45 +14,16 @@ from mmpr.commands.shared import (
     refuse_overwrite,
     share,
     tell_bad,
+    told_to_the_user,
 )
 from mmpr.verify import VerifyReport, verify_rows
-from rewards import STYLES, VerifierPool
-from rewards.pool import DEFAULT_LIMIT
+from rewards.judging_options import add_judging, make_verifier
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rollouts", type=Path, help="the rollouts, in any format")
     add_common(parser, output="verdicts")
-    parser.add_argument(
-        "--style",
-        choices=STYLES,
-        default="auto",
-        help="how the prompt asked for the final answer (default: auto)",
-    )
-    add = parser.add_argument
-    add(
-        "--workers",
-        type=int,
-        default=min(8, os.cpu_count() or 1),
-        metavar="N",
-        help="processes for mathematics, which alone can hang (default: %(default)s, by the cores)",
-    )
-    add(
-        "--limit",
-        type=float,
-        default=DEFAULT_LIMIT,
-        metavar="S",
-        help="seconds of one comparison, then its outcome is timeout (default: %(default)s)",
-    )
-
-
-def open_pool(args: argparse.Namespace) -> VerifierPool:
-    """The pool that the options ask for."""
-    if args.workers < 1:
-        raise UserError(f"--workers is {args.workers}; it must be at least 1")
-    if not 0 < args.limit <= 3600:
-        raise UserError(f"--limit is {args.limit}; give seconds, above 0 and at most 3600")
-    return VerifierPool(args.workers, limit=args.limit)
+    add_judging(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -62,13 +31,14 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     refuse_overwrite(args.rollouts, args.output)
-    pool = open_pool(args)
+    with told_to_the_user():
+        verifier = make_verifier(args)
     quarantine = open_quarantine(args)
     rows = read_rows(args.rollouts, kind="rollout", quarantine=quarantine)
     bad_before = quarantine.count
     report = VerifyReport()
-    with pool:
-        verdicts = verify_rows(rows, report, quarantine, pool, args.style)
+    with verifier.pool:
+        verdicts = verify_rows(rows, report, quarantine, verifier)
         bar = tqdm(verdicts, total=len(rows), desc="verifying", unit="rollout", delay=1)
         write_jsonl(args.output, bar)
     quarantine.check(len(rows) + bad_before)
