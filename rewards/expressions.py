@@ -179,6 +179,20 @@ def as_latex(text: str) -> tuple[str, str] | None:
     return None if not text or _APART.search(text) else (text, unit)
 
 
+def kind_of_list(latex: str) -> str | None:
+    r"""Whether LaTeX is a "set" in braces, a "tuple" (a point, an interval), or neither.
+
+    >>> kind_of_list(r"\{1,2\}"), kind_of_list("(1,2)"), kind_of_list("1,2")
+    ('set', 'tuple', None)
+    """
+    latex = latex.replace(r"\left", "").replace(r"\right", "").strip()
+    if "," not in latex:
+        return None
+    if latex.startswith(("{", r"\{")) and latex.endswith("}"):
+        return "set"
+    return "tuple" if latex[0] in "([" and latex[-1] in ")]" else None
+
+
 def _without_unit(text: str) -> tuple[str, str]:
     """A text and the unit that it ends with; a letter of its own is one only after a number."""
     tail = _TAIL.search(text)

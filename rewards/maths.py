@@ -18,6 +18,7 @@ from typing import Any
 from rewards.expressions import (
     as_latex,
     is_words,
+    kind_of_list,
     read_amount,
     read_ratio,
     same_amount,
@@ -118,8 +119,8 @@ def match_math(prediction: str, gold: str, options: object = None) -> float:
         return 0.0
     if given[0] == wanted[0]:
         return 1.0
-    if {given[0][:2], wanted[0][:2]} >= {r"\{"} and {given[0][0], wanted[0][0]} & {"(", "["}:
-        return 0.0  # a set is neither a point nor an interval
+    if {kind_of_list(given[0]), kind_of_list(wanted[0])} == {"set", "tuple"}:
+        return 0.0
     given_parsed = _parse_latex(given[0])
     if not given_parsed:
         return 0.0
