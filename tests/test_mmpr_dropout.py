@@ -15,14 +15,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from plain import Plain, call_processor, load_plain, plain_logits
+from published import make_published
 
-from internvl.chat import eos_token_id, load_processor
+from internvl.chat import encode_reply, eos_token_id, load_processor, render_prompt
+from internvl.conversion.convert import convert
 from internvl.data import Quarantine, Row, read_rows, write_jsonl
 from internvl.errors import UserError
 from internvl.sampler import Completion
 from mmpr import cli
 from mmpr.cutting import cut_reply, word_boundaries
-from mmpr.dropout import DropoutConfig, DropoutReport, choose_rollouts, without_image
+from mmpr.dropout import (
+    DropoutConfig,
+    DropoutReport,
+    Starter,
+    choose_rollouts,
+    without_image,
+)
 from mmpr.likelihood import LESS_LIKELY
 
 REPLY = "The red bar is 5 and the blue bar is 7. Final Answer: 5"
@@ -99,6 +107,30 @@ def test_a_prefix_is_whole_text_for_any_reply(processor: Any, text: str, ratio: 
         prefix = processor.tokenizer.decode(ids[:tokens])
         whole = text.startswith(prefix) and not prefix.endswith("\ufffd")
         assert not whole or not parts[len(prefix)] or not text[len(prefix) :].strip()
+
+
+@pytest.mark.parametrize("family", ["internlm2", "qwen2"])
+def test_published_tokenizers_of_both_kinds(family: str, tmp_path: Path) -> None:
+    """SentencePiece and byte-level BPE: what was started and goes on as it did is the original."""
+    make_published(tmp_path / family, family)
+    convert(tmp_path / family, tmp_path / "hf", to="hf", progress=False)
+    processor = load_processor(str(tmp_path / "hf"))
+    end = eos_token_id(processor)
+    for text in (REPLY, "红色的柱子是七，蓝色的是十二。", " two   spaces\n\nand 👍🏽 the end\n"):
+        for ratio in (0.2, 0.5, 0.8):
+            starter = Starter(processor, DropoutConfig(start_ratio=ratio))
+            row = Row(rollout(text=text), Path("r.jsonl"), 1, tmp_path)
+            asked = starter.ask("q-0", row, tmp_path / "p.jsonl")
+            assert asked is not None and text.startswith(asked.record["prefix"])
+            started = asked.request.started
+            ids = encode_reply(processor, render_prompt(processor, "What of q?"), text)
+            assert ids[-1] == end and list(started) == ids[: len(started)]
+            rest = Completion("", tuple(ids[len(started) :]), (), "stop")
+            assert starter.rejected(asked, rest) == text
+            # the tokens that were sampled are taken as they are
+            sampled = Row({**row.data, "token_ids": ids}, row.file, 1, tmp_path)
+            again = starter.ask("q-0", sampled, tmp_path / "p.jsonl")
+            assert again is not None and again.request == asked.request
 
 
 # ---------------------------------------------------------------- which rollouts
