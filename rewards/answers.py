@@ -38,6 +38,7 @@ _EMOJI_EDGES = re.compile(rf"^[{_EMOJI}\s]+(?=\w)|(?<=[\w%.)])\s{{0,9}}[{_EMOJI}
 
 _PREFIX = re.compile(r"(?:[ \t]{0,9}(?:>|#{1,6}(?=\s)|[-*+•](?=\s))){1,20}[ \t]{0,9}")
 _BULLET = re.compile(r"[ \t]{0,9}(?:>[ \t]{0,3})?(?:[-*+•]|\d{1,2}[.)])[ \t]{1,4}(?=\S)")
+_CLOSING = re.compile(r"[*_`]{1,3}(?=\s)")  # of the marker's emphasis: "**Final answer:** 9"
 _SUBSTANCE = re.compile(r"[^\W_]")
 _BLOCKS = ("```", "$$", "\\[", "[", "{", "|", "-", "+", "*", "•", ">", "1")
 _MARKUP = frozenset("*_`>#-+•")
@@ -113,7 +114,9 @@ def peel(text: str) -> str:
     """An answer without emphasis, wrapping, emoji beside it and closing full stop."""
     if text.isalnum():
         return text
-    text = clean(text.strip("*_` \t\n"))
+    text = clean(text)
+    if (inner := text.strip("*_` \t\n")) != text:
+        text = clean(inner)
     if text[:1] == "【" and text[-1] == "】":
         text = text[1:-1].strip()
     if not text.isascii() and len(text) <= MAX_ANSWER and _EMOJIS.search(text):
@@ -192,6 +195,8 @@ def answer_after(rest: str) -> tuple[str, bool]:
 
     ("", False) for a text that holds nothing.
     """
+    if rest[:1] in ("*", "_", "`") and (closing := _CLOSING.match(rest)):
+        rest = rest[closing.end() :]
     line, _, tail = rest.partition("\n")
     strip = peel  # "> 5" and "- 3" on the marker's own line are no quote and no bullet
     if not line.strip(_EMPHASIS):

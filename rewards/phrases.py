@@ -26,9 +26,10 @@ class Said(NamedTuple):
     doubtful: bool = False
 
 
+_BE = r"(?:is|are|would be|should be|must be|=)(?![\w'’])"
 _IS = re.compile(
     r"s?(?:\s(?:choice|option))?(?:\s{1,3}(?:to|for)\s[\w '’-]{1,60}?)?[\s*_]{0,4}"
-    r"(?:(?:is|are|would be|should be|must be|=)(?![\w'’])[\s*_]{0,4}[:：]?|[:：])[*_]{0,3}"
+    rf"(?:{_BE}(?:[\s*_]{{0,4}}[:：])?|[:：])(?:[*_]{{1,3}}(?=\s))?"
 )
 _HEADING = re.compile(r"s?[ \t*_#`]{0,6}\n")
 _SUPPOSED = re.compile(
@@ -58,15 +59,17 @@ _LETTER_HEAD = re.compile(
 )
 _LETTERS_ON = re.compile(
     r"\s{0,2}(?:,|，|、|/|&|\bor\b|\band\b|\band/or\b|或|和|与)\s{0,2}"
-    r"(?:or\s|and\s|option\s)?[(\[（*]{0,3}[A-Z](?![A-Za-z])"
+    r"(?:or\s|and\s|option\s)?[(\[（*]{0,3}[A-HJ-Z](?![A-Za-z])"
 )
 # After the article A comes a word ("A red bar"), after option A at most one of these.
 _NO_ARTICLE = re.compile(
     r"\s{1,3}(?!(?:because|since|as|for|due|given|which|that|so|but|from|with|by|in|is|here|based"
     r"|on|this|the|where|while|it|after)\b)[a-z]"
 )
+# "Options: A. Paris" echoes the question: a colon counts only after "correct option"
 _OPTION_IS = re.compile(
-    r"\b(?:option|choice)s?(?:\s{1,3}(?:is|would be|should be|must be)\s{0,3}[:：]?|\s{0,3}[:：])"
+    r"\b(?:(?:option|choice)s?\s{1,3}(?:is|would be|should be|must be)\s{0,3}[:：]?"
+    r"|(?:correct|right|best|chosen|selected|my)\s{1,3}(?:option|choice)\s{0,3}[:：])"
     r"(?=[\s(\[*\"']{0,4}[a-z]\b)"
 )
 _CHOOSE = re.compile(
@@ -78,15 +81,16 @@ _IS_CORRECT = re.compile(
     r"(?:^|[\s(\[（*\"'“])([A-Z])[)\]）*\"'”.]{0,4}\s{1,3}(?:is|would be|must be)\s{1,3}"
     r"(?:(?:the|indeed|clearly|therefore)\s{1,3}){0,2}(?:(?:only|one|single|most)\s{1,3})?$"
 )
+_CORRECT_ENDS = re.compile(r"[\s*_]{0,3}(?:$|[.,;:!?)\n]|(?:because|since|as|so|and|but|while)\b)")
 _ONE = re.compile(r"\s{0,3}(?:answer|option|choice|one)\b", re.IGNORECASE)
 
 _CN_IS = re.compile(r"(?:应该|应当|应)?(?:是|为|选项?[是为]?)(?!否[^\W_])[\s*]{0,3}[:：]?")
 _CN_SUPPOSED = re.compile(r"(?:如果|假如|假设|若|要是|倘若|是否|错误)(?:最终|正确|的){0,2}$")
 _CN_CHOOSE = re.compile(
-    r"选(?:择|的是|项为|项是)?[ :：]{0,3}(?:选项 {0,2})?(?=[（(\[\"“*]{0,3}[A-Z](?![A-Za-z]{2}))"
+    r"选(?:择|的是|项为|项是)?[ :：]{0,3}(?:选项 {0,2})?(?=[（(\[\"“*]{0,3}[A-Z](?![a-z]))"
 )
 _CN_LETTERS = re.compile(
-    r"[\s（(\[\"“*]{0,4}([A-Z](?:[、,，和\s]?[A-Z](?![a-z])){0,5})(?![A-Za-z0-9])"
+    r"[\s（(\[\"“*]{0,4}([A-Z](?:[、,，和\s]?[A-Z](?![a-z])){0,5})(?![A-Za-z0-9点两为作做])"
 )
 _CN_DENIED = re.compile(
     r"(?:不|别|没|未|非|勿|排除|不能|不会|不应|不应该|不可以|如果|假如|若|假设)$"
@@ -123,7 +127,7 @@ def _all(text: str, low: str) -> Iterator[Said]:
         yield from _letters_after(_OPTION_IS, text, low)
     if "choose" in low or "pick" in low or "select" in low or "with" in low or "opt for" in low:
         yield from _letters_after(_CHOOSE, text, low)
-    for word in ("correct", "right"):
+    for word in ("correct", "right", "best"):
         if word in low:
             yield from _is_correct(text, low, word)
     if not text.isascii():
@@ -189,7 +193,7 @@ def _letter_at(rest: str, position: int) -> Said | None:
     more = has_more(tail)
     delimited = line[:1] in (".", ":", "：", "、", "．") or (head[2][-1:] in ")]）" and head[2])
     option = line.lstrip(".:：、． ")
-    if delimited and option[:1].isalnum():
+    if delimited and (option[:1].isalnum() or option[:1] in ("$", "\\", "-")):
         whole, explanation = first_answer(rest[: head.end()] + line)
         if not explanation and not re.match(r"(?:is|as|because|since)\b", option):
             return Said(position, peel(whole), letter=True, more=more)  # "B. Paris"
@@ -215,10 +219,14 @@ def _is_correct(text: str, low: str, word: str) -> Iterator[Said]:
         if found is None:
             continue
         lead = before[: found.start(1)].rstrip(" (*[\"'“（").lower()
-        lead = lead.removesuffix("option").removesuffix("choice").removesuffix("answer") + " "
-        if _SUPPOSED.search(lead) or low.startswith((" only if", " if"), position + len(word)):
+        named = _ONE.match(text, position + len(word))
+        claim = lead.removesuffix("option").removesuffix("choice").removesuffix("answer") + " "
+        if _SUPPOSED.search(claim) or not (named or _CORRECT_ENDS.match(low, position + len(word))):
             continue
-        after = _ONE.sub("", text[position + len(word) :], count=1)
+        optional = found[0].strip()[:1] in ("(", "[") or lead.endswith(("option", "choice"))
+        if word != "correct" and not named and not optional:
+            continue  # "the angle at B is right"
+        after = text[named.end() if named else position + len(word) :]
         yield Said(position, found[1], letter=True, more=has_more(after))
         return
 
@@ -264,6 +272,8 @@ def _cn_letters(rest: str, position: int) -> Said | None:
     if line.lstrip(')]）*"”').startswith((".", "、", ":", "：", "．")) and has_more(line):
         return None  # "B. 红色": read with its text
     letters = re.sub(r"[^A-Z]", "", head[1])
+    if list(letters) != sorted(set(letters)):  # a name: "CNN"
+        return None
     return Said(position, letters, letter=True, more=_cn_more(rest[head.end() :]))
 
 

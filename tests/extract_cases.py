@@ -81,6 +81,29 @@ LETTERS: list[Case] = [
     ("Option B", "B", "letter", True),
     # the letter, not the pronoun
     ("I", "I", "letter", True),
+    ("My choice: (C)", "C", "letter", True),
+    ("(B) is right.", "B", "letter", True),
+    ("Option B is right.", "B", "letter", True),
+    ("B is correct, so C is wrong.", "B", "letter", False),
+    ("Thus B is the correct option", "B", "letter", True),
+    # read so, for want of knowing better
+    ("Point A is the correct one.", "A", "letter", True),
+    ("选AB", "AB", "letter", True),
+    # a set of options
+    ("故选ABD", "ABD", "letter", True),
+    ("Statement B is correct because it is so.", "B", "letter", False),
+    ("I think that (C) is the best answer.", "C", "letter", True),
+    ("C is the best answer", "C", "letter", True),
+    ("The right answer is C.", "C", "letter", True),
+    ("The best choice is D, I believe.", "D", "letter", False),
+    ("说法正确的是 B", "B", "letter", True),
+    ("the correct answer must be D", "D", "letter", True),
+    ("The correct answer: D", "D", "letter", True),
+    ("Thus the correct choice is:\n(D)", "D", "letter", True),
+    ("The answer is\nB. Paris", "B. Paris", "letter", True),
+    ("answer: B\n\nanswer: C", "C", "letter", True),
+    ("Hence, the answer is (D) $12$.", "(D) $12$", "letter", True),
+    ("The correct answer is indeed A.", "A", "letter", True),
 ]
 
 IN_SENTENCES: list[Case] = [
@@ -121,6 +144,19 @@ IN_SENTENCES: list[Case] = [
     ("the answer is 3.5", "3.5", "prose", False),
     ("The answer is St. Louis.", "St. Louis", "prose", False),
     ("the answer is 42 cm, which is the sum.", "42 cm", "prose", False),
+    ("Hence the answer is\n\n42", "42", "prose", False),
+    ("Thus, the answer is **12** apples.", "12 apples", "prose", False),
+    ("The answer is $\\frac{1}{2}$.", "\\frac{1}{2}", "prose", False),
+    ("The answer is **Paris**, the capital.", "Paris, the capital", "prose", False),
+    ("The answer is Paris. It is the capital.", "Paris", "prose", False),
+    ('The answer is "red".', "red", "prose", False),
+    ("The answer is between 3 and 4.", "between 3 and 4", "prose", False),
+    ("Our answer is: 12%", "12%", "prose", False),
+    ("The answer is 12.5%.", "12.5%", "prose", False),
+    ("The answer is 1,234.", "1,234", "prose", False),
+    ("The answer is 3.", "3", "prose", False),
+    ("The answer is yes, because it is red.", "yes", "prose", False),
+    ("The answer is No.", "No", "prose", False),
 ]
 
 BARE: list[Case] = [
@@ -242,4 +278,24 @@ NOTHING: list[Case] = [
     ("[note] see [1]", None, "none", False),
     ("1. Paris", None, "none", False),
     ("🐱", None, "none", False),
+    # an echo of the question
+    ("Options: A. Paris B. London. I cannot tell.", None, "none", False),
+    ("Choices: (A) Paris (B) London", None, "none", False),
+    # geometry, not a verdict
+    ("The angle at B is right.", None, "none", False),
+    ("Angle A is the right angle.", None, "none", False),
+    ("B is right", None, "none", False),
+    ("B is correct only if A is.", None, "none", False),
+    ("A is the correct value of x", None, "none", False),
+    ("选A点为原点，得到结果", None, "none", False),
+    # the same
+    ("选A、B两点", None, "none", False),
+    ("If B is correct, then A is not.", None, "none", False),
+    ("Let me check whether B is correct.", None, "none", False),
+    ("B is not the correct answer", None, "none", False),
+    ("下列说法正确的是（ ）\nA. 红\nB. 蓝", None, "none", False),
+    ("请选择：\nA. 巴黎\nB. 伦敦", None, "none", False),
+    ("选项：\nA. 巴黎\nB. 伦敦", None, "none", False),
+    ("So B.", None, "none", False),
+    ("Therefore B", None, "none", False),
 ]

@@ -184,6 +184,8 @@ MARKED: list[Case] = [
     ("答案：B、巴黎", "B、巴黎", "final", True),
     ("Use `<think>` tags. Final answer: 9", "9", "final", True),
     ("Final answer: 9 in <box>[[1,2,3,4]]</box>", "9 in <box>[[1,2,3,4]]</box>", "final", True),
+    ("答案如下：\n42", "42", "final", True),
+    ("答案如下：42", "42", "final", True),
 ]
 
 BOXED: list[Case] = [
