@@ -14,11 +14,11 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # options beyond the 26th are reached by
 _INDEX = {letter: place for place, letter in enumerate(LETTERS)}
 _LEAD = re.compile(
     r"(?:the\s{1,3})?(?:correct\s{1,3})?(?:(?:options?|choices?|answers?)\b(?:\s{1,3}(?:is|are)\b)?"
-    r"|选项?|答案[是为]?)\s{0,3}[:：]?\s{0,3}",
+    r"|选(?:项|择)?|答案?[是为]?)\s{0,3}[:：]?\s{0,3}",
     re.IGNORECASE,
 )
 # "B"  "(B)"  "B."  "[B]:"
-_ALONE = re.compile(r"[(\[【]?\s?([A-Za-z])\s?[)\]】]?\s?[.:、)!]?")
+_ALONE = re.compile(r"[(\[【]?\s?([A-Za-z])\s?[)\]】]?\s?[.:、)!]?项?")
 # "B. Paris"  "(B) Paris"  "B: Paris"  "B - Paris"  "B (Paris)"; not "U.S." or "e.g. this"
 _LABELLED = re.compile(
     r"[(\[【]\s?([A-Za-z])\s?[)\]】]\s?[.:、]?\s*(\S.*)"

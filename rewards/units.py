@@ -76,14 +76,16 @@ _UNIT_NAMES = {
     "people": "people person persons 人 个人",
     "个": "个",
 }  # fmt: skip
+_ALONE = "kn nm um μm dl cl ha px pt kb mb gb tb db mw gw kv ma mv mj ev kpa mpa kcal cal rpm"
 _UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in names.split()}
+_UNITS |= {name: name for name in _ALONE.split()}
 CURRENCIES = {"$": "$", "us$": "$", "usd": "$", "€": "€", "eur": "€", "£": "£", "gbp": "£"} | {
     "¥": "¥", "cny": "¥", "rmb": "¥", "₹": "₹", "rs": "₹", "rs.": "₹", "inr": "₹",
 }  # fmt: skip
 # "5 or", "5 May", "5 million to": a word that makes something else of the number before it
 _NO_UNIT_WORDS = """
     or and of in on at for with per to not but nor from than minus plus times by versus vs about
-    maybe perhaps if because no none since is are was were isn wrong th st nd rd am pm ad bc ago
+    maybe perhaps if because no none since is are was were isn wrong pi th st nd rd am pm ad bc ago
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
     sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
     hundred thousand million billion trillion dozen half third quarter
@@ -100,8 +102,8 @@ _CLASSIFIERS = frozenset("个只条张本人次辆名位件块头匹棵朵支把
 def read_unit(text: str, *, known_only: bool = False, classifier: bool = False) -> str | None:
     """The unit written as `text` ("" for none), or None when it is no unit.
 
-    A word or two that the table does not know are a unit too ("9 apples"), unless known_only. A
-    single letter must be known: "3x" is no amount. classifier: after a Chinese numeral only known
+    A word or two that the table does not know are a unit too ("9 apples"), unless known_only. One
+    or two letters must be known: "3x" is no amount. classifier: after a Chinese numeral only known
     units and measure words ("三个"), for 一 begins many words.
 
     >>> read_unit("square cm"), read_unit("red apples"), read_unit("or ten")
@@ -119,8 +121,8 @@ def read_unit(text: str, *, known_only: bool = False, classifier: bool = False) 
         return _UNITS[joined]
     if known_only or not 0 < len(words) <= 2 or not _NO_UNIT.isdisjoint(words):
         return None
-    if len(joined) < 2 and not _CHINESE.fullmatch(joined):
-        return None
+    if len(joined) < 3 and not _CHINESE.fullmatch(joined):
+        return None  # "3x", "2xy": a multiple of something
     if classifier and joined[0] not in _CLASSIFIERS:
         return None
     if _CHINESE.match(joined) and (joined[0] in "或和与到至不月号点" or len(joined) > 3):

@@ -68,6 +68,12 @@ NUMBER = [
     ("5 K", "5000", 0),
     ("5 years", "5 years old", 1),
     ("3", "3x", 0),  # a multiple of x
+    ("3", "3xy", 0),
+    ("2", "2pi", 0),
+    ("2", "2π", 0),
+    ("5 GB", "5gb", 1),
+    ("5 GB", "5 MB", 0),
+    ("9", "9 pcs", 1),
     ("12", "12G", 0),  # a seat, a network
     ("9", "9!", 0),  # a factorial
     # percent
