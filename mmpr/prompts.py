@@ -134,13 +134,15 @@ def question_language(question: str) -> Literal["en", "zh"]:
 def asked_style(question: str, system: str | None = None) -> PromptStyle | None:
     r"""The style that a question asks for by itself; None: no form. "none": a form of its own.
 
+    A system prompt that asks for <think> makes r1 of boxed, but alone it asks for no form.
+
     >>> asked_style("How many? Put your final answer within \\boxed{}.")
     'boxed'
     """
-    if _THINK.search(question) or _THINK.search(system or ""):
+    if _THINK.search(question):
         return "r1"
     if _BOXED.search(question):
-        return "boxed"
+        return "r1" if _THINK.search(system or "") else "boxed"
     if _FINAL.search(question):
         return "final"
     if _OTHER.search(question):
@@ -179,8 +181,8 @@ def add_instruction(
 ) -> Prompted:
     r"""A question that asks for its answer in a style; see the module for what is kept.
 
-    system: the row's own system prompt; that of "r1" comes after it. language "auto": the
-    question's own.
+    system: the row's own system prompt; that of "r1" comes after it, where it does not ask for
+    <think> itself. language "auto": the question's own.
 
     >>> add_instruction("<image>\nHow many?", "short").question
     '<image>\nHow many?\nAnswer the question using a single word or phrase.'
@@ -195,7 +197,7 @@ def add_instruction(
     if not bare.replace(IMAGE_PLACEHOLDER, "").strip():
         return Prompted(question, system, own or "none")  # nothing but the instruction
     words = question_language(bare) if language == "auto" else language
-    if style == "r1":
+    if style == "r1" and not _THINK.search(system or ""):
         system = f"{system}\n\n{_R1_SYSTEM[words]}" if system else _R1_SYSTEM[words]
     return Prompted(f"{bare.rstrip()}\n{_INSTRUCTIONS[style][words]}", system, style)
 

@@ -11,6 +11,7 @@ number of questions, but for their ids.
 from __future__ import annotations
 
 import json
+import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from internvl.sampler import Completion, SampleRequest, SamplingConfig, StreamSampler
 
 AHEAD = 4  # batches of questions that may be done before an older one is
+FLUSH_SECONDS = 30.0  # what is in order is written after them, whole batch or not
 # of a question, what its rollouts depend on
 _COMPARED = ("question", "image", "answer", "system", "video", "num_frames", "max_tiles")
 
@@ -233,6 +235,11 @@ class _Writer:
         self._asked: dict[int, Row] = {}
         self._found: dict[int, list[Completion] | DataError] = {}
         self._next = 0
+        self._flushed = time.monotonic()
+
+    def late(self) -> bool:
+        """Whether records wait for the disk for long."""
+        return bool(self.records) and time.monotonic() - self._flushed > FLUSH_SECONDS
 
     def requests(self) -> Iterator[SampleRequest]:
         """The requests of all pending questions."""
@@ -276,6 +283,7 @@ class _Writer:
         records, self.records, self.questions = self.records, [], 0
         with naming_the_file(self.plan.output), append_jsonl(self.plan.output) as out:
             out.writelines(map(dump_line, records))
+        self._flushed = time.monotonic()
         return records
 
 
@@ -315,7 +323,7 @@ def sample_batches(
             for number, answer in answers:
                 writer.put(number, answer)
                 bar.update()
-                if writer.questions >= batch_questions:
+                if writer.questions >= batch_questions or writer.late():
                     records = writer.flush()
                     quarantine.check(writer.total)  # after writing: what was sampled is kept
                     yield records

@@ -158,6 +158,12 @@ def test_a_batch_is_handed_on_once_it_is_on_disk(questions, tmp_path):
     assert list(open_batches(questions, output, batch=3)) == []
 
 
+def test_slow_batches_are_written_before_they_are_whole(questions, tmp_path, monkeypatch):
+    monkeypatch.setattr("mmpr.sample.FLUSH_SECONDS", 0.0)
+    batches = open_batches(questions, tmp_path / "r.jsonl", batch=100)
+    assert [len(records) for records in batches] == [3] * 7
+
+
 def test_who_stops_in_the_middle_keeps_what_is_in_order(questions, tmp_path):
     output, other = tmp_path / "r.jsonl", tmp_path / "s.jsonl"
     batches = open_batches(questions, output, batch=2, sampler=FakeSampler(backwards=7))

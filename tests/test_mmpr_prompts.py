@@ -65,8 +65,12 @@ def test_r1_asks_in_the_system_prompt_after_the_rows_own():
     assert "<think>" in made.system and "\\boxed{}" in made.question
     both = add_instruction(ASK, "r1", system="You are a careful reader.")
     assert both.system == f"You are a careful reader.\n\n{made.system}"
-    own = add_instruction(ASK, "r1", system="Think in <think> and </think>.")
-    assert (own.question, own.style) == (ASK, "r1")
+    thinking = "Think in <think> and </think>."
+    own = add_instruction(ASK, "r1", system=thinking)
+    assert (own.question, own.system, own.style) == (made.question, thinking, "r1")
+    assert add_instruction(ASK, "final", system=thinking).style == "final"
+    assert asked_style(ASK, thinking) is None
+    assert asked_style(f"{ASK} \\boxed{{}}", thinking) == "r1"
     assert "<think>" in add_instruction(ZH, "r1").system
     followed = "<think>2 and 3</think>\nThere are \\boxed{3}."
     assert extract(followed, made.style).format_ok

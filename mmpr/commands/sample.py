@@ -70,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=256,
         metavar="N",
-        help="questions written and synced to disk at a time (default: %(default)s); "
+        help="questions written and synced to disk at a time (default: %(default)s), fewer where "
+        "they take longer than 30 s; "
         "a run that was killed goes on from there when started again",
     )
     _add_servers(parser.add_argument_group("OpenAI-compatible servers, instead of a backend"))
