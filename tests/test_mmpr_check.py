@@ -339,6 +339,7 @@ def test_notes_of_meta_json(tmp_path: Path, capsys: Any) -> None:
         (["--max-length", "9"], "--max-length needs --model"),
         (["--max-tiles", "9"], "--max-tiles needs --model"),
         (["--fix", "data"], "is not empty; give a new folder"),
+        (["--quarantine", "data/p.jsonl"], "is one of the files that are checked"),
     ],
 )
 def test_options_that_cannot_be_honoured(
@@ -347,4 +348,4 @@ def test_options_that_cannot_be_honoured(
     monkeypatch.chdir(folder.parent)
     write_jsonl(folder / "p.jsonl", [pair()])
     assert command("check", folder / "p.jsonl", *words) == 2
-    assert message in capsys.readouterr().err
+    assert message in capsys.readouterr().err and (folder / "p.jsonl").is_file()

@@ -325,6 +325,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_files(
         (["--embed-images"], "is an option of --format trl"),
         (["--temperature", "-1"], "temperature is -1"),
         (["--outcomes", "right"], "outcome 'right' is unknown; one of: correct, wrong"),
+        (["--outcomes", "wrong"], "r.jsonl holds rollouts; `mmpr verify` gives outcomes"),
     ],
 )
 def test_options_that_cannot_be_honoured(

@@ -153,15 +153,18 @@ def test_mmpr_pairs_as_internvl_reads_them(verdicts: Path, tmp_path: Path) -> No
     [
         (["--output", "p.jsonl", "--format", "trl"], "--format trl is parquet; name it *.parquet"),
         (["--output", "p.parquet", "--format", "trl", "--meta", "m"], "are of MMPR's format, not"),
+        (["--output", "p.jsonl", "--quarantine", "v.jsonl"], "v.jsonl is the verdicts itself"),
         (["--output", "p.jsonl", "--embed-images"], "--embed-images is an option of --format trl"),
         (["--output", "p.json", "--meta", "m.json"], "trainer reads only *.jsonl from a meta.json"),
     ],
 )
 def test_formats_that_do_not_go_together(
-    words: list[str], message: str, verdicts: Path, capsys: Any
+    words: list[str], message: str, verdicts: Path, monkeypatch: Any, capsys: Any
 ) -> None:
+    monkeypatch.chdir(verdicts.parent)
     assert command("pair", verdicts, *words) == 2
     assert message in capsys.readouterr().err
+    assert verdicts.is_file()
 
 
 # ---------------------------------------------------------------- TRL's columns

@@ -50,9 +50,11 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     found = list(data_sets_to_check(args.file, args.image_root))
     encoder = _encoder(args)
-    quarantine = Quarantine(_quarantine_path(args), args.max_bad)
-    assert quarantine.path is not None
-    quarantine.path.unlink(missing_ok=True)  # it tells of this run only
+    path = _quarantine_path(args)
+    if path.resolve() in _files_read(args.file, found):
+        raise UserError(f"--quarantine {path} is one of the files that are checked")
+    quarantine = Quarantine(path, args.max_bad)
+    path.unlink(missing_ok=True)  # it tells of this run only
     total = sum(len(one.source) for one in found if one.source is not None)
     checker = Checker(quarantine, total, encoder)
     reports = [SetReport(one.name, faults=one.faults, entry_notes=one.notes) for one in found]
@@ -92,6 +94,11 @@ def _quarantine_path(args: argparse.Namespace) -> Path:
     if args.fix is not None:
         return Path(args.fix) / "quarantine.jsonl"
     return beside(args.file, ".quarantine.jsonl")
+
+
+def _files_read(file: Path, found: Sequence[DataSetToCheck]) -> set[Path]:
+    read = {path for one in found if one.source is not None for path in one.source.files()}
+    return {path.resolve() for path in (file, *read)}
 
 
 def _encoder(args: argparse.Namespace) -> Encoder | None:

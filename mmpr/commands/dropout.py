@@ -36,9 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--outcomes",
         nargs="+",
-        default=list(NOT_KNOWN_TO_BE_WRONG),
         metavar="OUTCOME",
-        help="of verdicts, which may be chosen (default: %(default)s)",
+        help=f"of verdicts, which may be chosen (default: {' '.join(NOT_KNOWN_TO_BE_WRONG)})",
     )
     add(
         "--filter-by-likelihood",
@@ -71,9 +70,10 @@ def run(args: argparse.Namespace) -> None:
 
     config = _check(args)
     quarantine = open_quarantine(args)
-    rows = read_rows(
-        args.rollouts, kind=_kind(args.rollouts), quarantine=quarantine, image_root=args.image_root
-    )
+    kind = _kind(args.rollouts)
+    if args.outcomes is not None and kind == "rollout":
+        raise UserError(f"--outcomes: {args.rollouts} holds rollouts; `mmpr verify` gives outcomes")
+    rows = read_rows(args.rollouts, kind=kind, quarantine=quarantine, image_root=args.image_root)
     if args.meta is not None:
         require_images(rows)
     report = DropoutReport()
@@ -103,7 +103,7 @@ def _check(args: argparse.Namespace) -> DropoutConfig:
     return DropoutConfig(
         start_ratio=args.start_ratio,
         max_pairs=args.max_pairs_per_question,
-        outcomes=tuple(args.outcomes),
+        outcomes=tuple(args.outcomes or NOT_KNOWN_TO_BE_WRONG),
         seed=args.seed,
     )
 

@@ -39,6 +39,9 @@ def open_quarantine(args: argparse.Namespace) -> Quarantine:
     path: Path = args.quarantine or beside(args.output, ".quarantine.jsonl")
     if path.resolve() == args.output.resolve():
         raise UserError(f"--quarantine and --output are both {path}")
+    for name, value in vars(args).items():  # what is begun anew must be nothing else
+        if name != "quarantine" and isinstance(value, Path) and value.resolve() == path.resolve():
+            raise UserError(f"--quarantine {path} is the {name.replace('_', '-')} itself")
     quarantine = Quarantine(path, args.max_bad)
     path.unlink(missing_ok=True)  # it tells of this run only: a restart finds the same rows again
     return quarantine
