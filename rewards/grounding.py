@@ -24,7 +24,6 @@ Box = tuple[float, float, float, float]
 Point = tuple[float, float]
 
 _GROUP = re.compile(r"[\[(]([^\[\]()]*)[\])]")
-_NUMBER = re.compile(r"[+-]?(?:\d{1,12}(?:\.\d{0,12})?|\.\d{1,12})", re.ASCII)
 _NUMBERS = re.compile(r"[\d\s,.+-]+", re.ASCII)
 _N = r"([+-]?(?:\d{1,12}(?:\.\d{0,12})?|\.\d{1,12}))"
 _KEYED = re.compile(
@@ -76,17 +75,14 @@ def read_places(text: str) -> Places | None:
 
 def _places(groups: list[list[str]], beside: list[bool]) -> Places | None:
     """The places of groups of numbers, scaled to 0..1000; beside: a group directly follows one."""
-    numbers: list[float] = []
-    decimal = False
-    for group in groups:
-        for number in group:
-            if not _NUMBER.fullmatch(number):
-                return None
-            decimal = decimal or "." in number
-            numbers.append(float(number))
-    if not numbers or max(map(abs, numbers)) > 1e6:
+    words = [word for group in groups for word in group]
+    try:
+        numbers = [float(word) for word in words]  # of digits, points and signs alone
+    except ValueError:  # "1.2.3"
         return None
-    scale = 1000.0 if decimal and max(numbers) <= 1 else 1.0
+    if not numbers or max(numbers) > 1e6 or min(numbers) < -1e6:
+        return None
+    scale = 1000.0 if max(numbers) <= 1 and any("." in word for word in words) else 1.0
     places, position = Places([], []), 0
     corner: Point | None = None
     for group, follows in zip(groups, beside, strict=False):
