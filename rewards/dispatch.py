@@ -97,6 +97,7 @@ class Dispatcher:
     def submit(self, comparison: Comparison, waiter: int) -> Job:
         """Queue a comparison, or join the job that already runs the same one."""
         with self._state:
+            self.check_open()
             kept = self.cache.takes(comparison)
             job = self._in_flight.get(comparison) if kept else None
             if job is None:

@@ -267,6 +267,7 @@ def test_a_closed_pool_is_a_clear_error(fake):
     for use in (lambda: pool.judge(plain("1", "1")), lambda: pool.map([]), lambda: next(rest)):
         with pytest.raises(ValueError, match="the VerifierPool is closed; make another"):
             use()
+    assert pool.counters.starts == 1 and pool.process_ids == []
     pool.close()
 
 
