@@ -97,6 +97,18 @@ def image_size(source: ImageSource) -> tuple[int, int]:
         return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
+def plain_jpeg(source: ImageSource) -> bytes | None:
+    """The bytes of a JPEG that any decoder shows as `load_image` does: in colour, not rotated.
+
+    None for every other image. Raises `DataError` where the header cannot be used.
+    """
+    with _opened(source) as (image, stream):
+        if image.format != "JPEG" or image.mode != "RGB" or _orientation(image) != 1:
+            return None
+        stream.seek(0)
+        return stream.read()
+
+
 @contextmanager
 def _opened(source: ImageSource) -> Iterator[tuple[ImageFile.ImageFile, BinaryIO]]:
     """The image, its header read and its size within the limit, and the stream that it reads."""

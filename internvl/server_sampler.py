@@ -14,8 +14,8 @@ network only. `--logprobs-mode processed_logprobs` makes the log-probabilities t
 samplers; without it they are of the distribution before temperature and mask. Seeds are the same as
 with vLLM in this process: with float32 on a CPU and one thread, so are the completions.
 
-Pictures travel as our own decoding made them (rotated, over white), without loss: a server that
-opened the files itself would see other pixels in some of them.
+Pictures travel without loss, most as our own decoding made them (rotated, over white): a server
+that opened the files itself would see other pixels in some of them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from internvl.sampler import (
 )
 from internvl.server_wire import (
     clip,
-    data_uri,
+    data_uris,
     parse_answer,
     send,
     signed_seed,
@@ -242,7 +242,7 @@ class ServerSampler:
             if len(ids) >= limit:
                 raise too_long(request, len(ids), limit)
             room = min(room, limit - len(ids))
-        uris = iter([data_uri(image) for image in images])
+        uris = iter(data_uris(request.images, images))
         content = [
             {"type": "image_url", "image_url": {"url": next(uris)}}
             if part["type"] == "image"

@@ -333,31 +333,3 @@ def sample_batches(
     quarantine.check(writer.total)
     if last:
         yield last
-
-
-def sample_questions(
-    rows: Sequence[Row],
-    sampler: StreamSampler,
-    *,
-    output: Path,
-    config: SamplingConfig,
-    run: dict[str, Any],
-    quarantine: Quarantine,
-    root: Path | None = None,
-    batch_questions: int = 256,
-    progress: bool = True,
-) -> SampleReport:
-    """Sample every question that `output` does not hold yet and append its rollouts.
-
-    See `plan_sampling` and `sample_batches`.
-    """
-    plan = plan_sampling(rows, output=output, config=config, run=run, root=root)
-    report = SampleReport()
-    for _ in sample_batches(
-        *(plan, sampler, quarantine),
-        report=report,
-        batch_questions=batch_questions,
-        progress=progress,
-    ):
-        pass
-    return report

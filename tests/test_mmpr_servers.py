@@ -16,10 +16,11 @@ import pytest
 from fake_servers import FakeServer
 from PIL import Image
 
+from internvl.data import Quarantine, read_rows, write_jsonl
 from internvl.errors import DataError, UserError
-from internvl.sampler import SampleRequest, SamplingConfig, first_seed
+from internvl.sampler import SampleRequest, SamplingConfig, first_seed, request_of
 from internvl.server_sampler import open_servers
-from internvl.server_wire import parse_answer, signed_seed
+from internvl.server_wire import data_uris, parse_answer, signed_seed
 from internvl.servers import Unusable
 from mmpr import cli
 
@@ -86,6 +87,31 @@ def test_a_request_says_all_that_matters(tiny_model, fakes):
         "skip_special_tokens": False,
         "mm_processor_kwargs": {"crop_to_patches": True, "min_patches": 1, "max_patches": 4},
     }  # fmt: skip
+
+
+def test_pictures_travel_without_loss(tmp_path):
+    """A JPEG as it is stored, where every decoder shows it alike; all others as we decode them."""
+    noise = Image.effect_noise((90, 60), 80)
+    colour, turned = noise.convert("RGB"), Image.Exif()
+    turned[0x0112] = 6
+    colour.save(tmp_path / "plain.jpg")
+    colour.save(tmp_path / "turned.jpg", exif=turned)
+    noise.save(tmp_path / "gray.jpg")
+    colour.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    colour.convert("RGBA").save(tmp_path / "alpha.png")
+    names = ["plain.jpg", "turned.jpg", "gray.jpg", "cmyk.jpg", "alpha.png"]
+    row = {"id": "q", "image": names, "question": "<image>" * 5, "answer": "1"}
+    write_jsonl(tmp_path / "q.jsonl", [row])
+    (one,) = read_rows(tmp_path / "q.jsonl", kind="question", quarantine=Quarantine(None))
+    lazy, decoded = request_of(one, 0).images, one.load_images()
+    uris = data_uris(lazy, decoded)
+    kinds = [uri[len("data:image/") : uri.index(";")] for uri in uris]
+    assert kinds == ["jpeg", "png", "png", "png", "png"]
+    files = [base64.b64decode(uri.partition(",")[2]) for uri in uris]
+    assert files[0] == (tmp_path / "plain.jpg").read_bytes()
+    for file, picture in zip(files, decoded, strict=True):
+        assert Image.open(io.BytesIO(file)).convert("RGB").tobytes() == picture.tobytes()
+    assert data_uris(decoded[:1], decoded[:1])[0].startswith("data:image/png;")
 
 
 def test_seeds_fit_into_the_api():

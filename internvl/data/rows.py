@@ -164,6 +164,10 @@ class RowImages(Sequence["Image.Image"]):
     def __iter__(self) -> Iterator[Image.Image]:
         return iter(self._row.load_images())
 
+    def sources(self) -> list[ImageSource]:
+        """The file or the encoded bytes of each image; none for a video's frames."""
+        return [] if self._row.num_frames else self._row.image_sources()
+
     @overload
     def __getitem__(self, index: int) -> Image.Image: ...
 
