@@ -258,7 +258,7 @@ def test_a_closed_pool_is_a_clear_error(fake):
         thread.start()
         while pool.counters.compared < 2:
             time.sleep(0.01)
-        rest = pool.map([plain("1", "1"), math("hang")])
+        rest = pool.map([plain("1", "1"), math("another hang")])
         assert next(rest).outcome == "correct"
     thread.join(10)
     assert [str(failure)[:26] for failure in failures] == ["the VerifierPool is closed"]
