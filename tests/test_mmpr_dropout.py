@@ -1,18 +1,18 @@
-"""mmpr dropout: where replies are cut, which pairs come of it, and that a kill loses nothing."""
+"""mmpr dropout: which replies are started, which pairs come of it, and that a kill loses nothing."""
 
 from __future__ import annotations
 
 import json
-import re
+import os
 import shutil
-import unicodedata
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from plain import Plain, call_processor, load_plain, plain_logits
 from published import make_published
@@ -23,7 +23,6 @@ from internvl.data import Quarantine, Row, read_rows, write_jsonl
 from internvl.errors import UserError
 from internvl.sampler import Completion
 from mmpr import cli
-from mmpr.cutting import cut_reply, word_boundaries
 from mmpr.dropout import (
     DropoutConfig,
     DropoutReport,
@@ -42,71 +41,11 @@ def processor(tiny_model: Path) -> Any:
     return load_processor(str(tiny_model))
 
 
-# ---------------------------------------------------------------- the cut
+# ---------------------------------------------------------------- the start
 
 
 def encode(processor: Any, text: str) -> list[int]:
     return list(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-@pytest.mark.parametrize(
-    ("text", "ratio", "prefix"),
-    [
-        ("The red bar is 5", 0.6, "The red"),
-        ("The red bar is 5", 0.9, "The red bar is"),
-        ("zzzzzz red", 0.3, "zzzzzz"),  # a word of six tokens: its end comes after the ratio
-        ("红色的柱子最高。", 0.5, "红色的柱"),
-        ("答案是3.14159。", 0.6, "答案是"),
-        ("一👨\u200d👩\u200d👧二三四五六", 0.2, "一"),
-        ("café\u0301s sont là", 0.45, "café\u0301s"),
-    ],
-)
-def test_a_reply_is_cut_between_words(processor: Any, text: str, ratio: float, prefix: str) -> None:
-    ids = encode(processor, text)
-    cut = cut_reply(ids, text, ratio, processor.tokenizer.decode)
-    assert cut is not None and cut.prefix == prefix
-    assert processor.tokenizer.decode(ids[: cut.tokens]) == prefix
-
-
-@pytest.mark.parametrize(
-    "text", ["", "word", "  word  ", "3.14159", "👨\u200d👩\u200d👧", "红 ", "\n\n"]
-)
-def test_what_is_one_word_cannot_be_cut(processor: Any, text: str) -> None:
-    ids = encode(processor, text)
-    assert cut_reply(ids, text, 0.5, processor.tokenizer.decode) is None
-
-
-PIECES = st.sampled_from(
-    [
-        *(*"红色柱子的，。！", "The", " red", " bar", "it's", " 3.14", "-5", "1,000", " ", "\n"),
-        *("Ω", "ß", "👍🏽", "👨\u200d👩\u200d👧", "🇩🇪", "e\u0301", "한국", "かな", "हिन्दी"),
-        *("\\frac", "{1}", "<think>", "."),
-    ]
-)
-TEXTS = st.lists(PIECES | st.text(max_size=4), max_size=12).map("".join)
-
-
-@given(text=TEXTS, ratio=st.floats(0.01, 0.99))
-def test_a_prefix_is_whole_text_for_any_reply(processor: Any, text: str, ratio: float) -> None:
-    ids = encode(processor, text)
-    if processor.tokenizer.decode(ids) != text:
-        return  # the text spells a special token, or is no UTF-8
-    cut = cut_reply(ids, text, ratio, processor.tokenizer.decode)
-    if cut is None:
-        return
-    rest = text[len(cut.prefix) :]
-    assert 0 < cut.tokens < len(ids) and cut.prefix + rest == text
-    assert processor.tokenizer.decode(ids[: cut.tokens]) == cut.prefix
-    assert cut.prefix.strip() and rest.strip()
-    assert not cut.prefix.endswith("\ufffd")
-    assert not re.search(r"[A-Za-z0-9]$", cut.prefix) or not re.match(r"[A-Za-z0-9]", rest)
-    assert not unicodedata.combining(rest[0]) and rest[0] != "\u200d"
-    # nearer to the ratio there is no place: all between it and the cut part a word
-    parts = word_boundaries(text)
-    for tokens in range(cut.tokens + 1, int(len(ids) * ratio) + 1):
-        prefix = processor.tokenizer.decode(ids[:tokens])
-        whole = text.startswith(prefix) and not prefix.endswith("\ufffd")
-        assert not whole or not parts[len(prefix)] or not text[len(prefix) :].strip()
 
 
 @pytest.mark.parametrize("family", ["internlm2", "qwen2"])
@@ -382,3 +321,38 @@ def test_with_a_real_model_and_the_filter(
     assert kept == [name for name, (chosen, rejected) in expected.items() if rejected < chosen]
     stats = json.loads((tmp_path / "few.jsonl.stats.json").read_text())
     assert stats["left_out"].get(LESS_LIKELY, 0) == len(rows) - len(kept)
+
+
+@pytest.mark.slow
+def test_sigkill_of_the_process(tiny_model: Path, tmp_path: Path) -> None:
+    """Killed as its file grows, it samples nothing again and ends with the same bytes."""
+    records = [rollout(f"q{i}", 0, f"{REPLY} or {i}") for i in range(30)]
+    write_jsonl(tmp_path / "r.jsonl", records)
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        words = ["dropout", tmp_path / "r.jsonl", "--model", tiny_model, "--max-tokens", 40]
+        words += ["--backend", "transformers", "--batch", 1, "--output", tmp_path / name]
+        return subprocess.Popen(
+            [sys.executable, "-m", "mmpr", *map(str, words)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+
+    assert start("whole.jsonl").wait(120) == 0
+    made = tmp_path / "killed.jsonl.continuations.jsonl"
+    before = b""
+    for lines in (1, 9, 20):
+        process = start("killed.jsonl")
+        while process.poll() is None and (not made.exists() or _lines(made) < lines):
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        assert made.read_bytes().startswith(before), "what was on disk was sampled again"
+        before = made.read_bytes()[: made.read_bytes().rfind(b"\n") + 1]
+    assert start("killed.jsonl").wait(120) == 0
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n")
