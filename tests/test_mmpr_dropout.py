@@ -1,4 +1,4 @@
-"""mmpr dropout: which replies are started, which pairs come of it, and that a kill loses nothing."""
+"""mmpr dropout: which replies are started, which pairs come of it, and what a kill leaves."""
 
 from __future__ import annotations
 
