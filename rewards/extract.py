@@ -26,10 +26,7 @@ import re
 from collections.abc import Callable
 
 from rewards.answers import MAX_ANSWER, bracket_end, has_more, has_verb, peel_line, readable
-from rewards.marked import boxed, marked
-from rewards.phrases import said
-from rewards.places import coordinates_only, lone_place, tagged_places
-from rewards.reading import (
+from rewards.extraction import (
     IN_A_SENTENCE,
     MORE,
     NO_ANSWER,
@@ -40,6 +37,9 @@ from rewards.reading import (
     found_at,
     nothing,
 )
+from rewards.marked import boxed, marked
+from rewards.phrases import said
+from rewards.places import coordinates_only, lone_place, tagged_places
 from rewards.thinking import after_think, in_answer_tag
 
 STYLES = ("auto", "final", "boxed", "r1", "letter", "short", "box")
