@@ -182,7 +182,8 @@ class Starter:
         seed = stable_hash(self._config.seed, pair_id) % 2**31
         request = SampleRequest(question, (), seed, system, started=tuple(ids[: cut.tokens]))
         whole = portable_record(row, output)
-        shared = {name: whole[name] for name in OF_THE_PROMPT if whole.get(name) is not None}
+        names = (*OF_THE_PROMPT, "dataset")
+        shared = {name: whole[name] for name in names if whole.get(name) is not None}
         answer = whole["answer"]
         record = {
             "id": pair_id,
@@ -366,5 +367,5 @@ def pairs_of(continuations: Path, report: DropoutReport) -> Iterator[dict[str, A
         if reason := why_no_pair(record):
             report.left_out[reason] += 1
             continue
-        names = ("id", *OF_THE_PROMPT, "question", "chosen", "rejected", "answer_gt")
+        names = ("id", *OF_THE_PROMPT, "dataset", "question", "chosen", "rejected", "answer_gt")
         yield {**{name: record[name] for name in names if name in record}, "kind": "dropout"}

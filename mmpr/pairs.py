@@ -240,7 +240,8 @@ def _pair(
     chosen: dict[str, Any], rejected: dict[str, Any], number: int, kind: str
 ) -> dict[str, Any]:
     """One line of MMPR; `kind` (correctness or format) is ours, and readers pass it through."""
-    shared = {name: chosen[name] for name in OF_THE_PROMPT if chosen.get(name) is not None}
+    names = (*OF_THE_PROMPT, "dataset")
+    shared = {name: chosen[name] for name in names if chosen.get(name) is not None}
     return {
         "id": f"{chosen['id']}-{number}",
         **shared,

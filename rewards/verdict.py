@@ -25,7 +25,10 @@ from rewards.texts import normalise
 
 _CAPITAL = re.compile(r"\(?[A-Z]\)?\.?")
 _FORMULA = re.compile(r"\\[A-Za-z]|\^|[√π]")
-_BOX = re.compile(r"\s*<box>")
+# InternVL's own form, or its coordinates alone
+_BOX = re.compile(
+    r"\s{0,9}(?:<ref>[^<]{0,200}</ref>\s{0,9})?<box>|\s{0,9}\[\[(?:[\d.]{1,9}\s{0,9}[,\]]\s{0,9}){4}\]"
+)
 _NUMERAL = re.compile(r"(?:(?<!\S)-[$€£¥]?)?\d+(?:\.\d+)?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")
 GROUNDING = ("box", "point")  # their answers are written in a way of their own

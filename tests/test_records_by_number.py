@@ -211,7 +211,7 @@ def test_rows_are_a_sequence(tmp_path: Path) -> None:
     assert [one.data for one in found] == wanted
     assert [one.line for one in found] == [1, 4, 5, 6, *range(8, 14)]
     assert [entry["reason"] for entry in quarantined(tmp_path / "bad.jsonl")] == [
-        "field 'answer' is NoneType, expected a string or a list of strings",
+        "field 'question' is NoneType, expected a string",
         "the id of line 4 again: 'q3'",
     ]
     assert found[-1].data == wanted[-1]

@@ -50,6 +50,10 @@ def test_what_is_no_answer_is_said(answer):
     ("gold", "matcher"),
     [
         ("<box>[[1, 2, 3, 4]]</box>", "box"),
+        ("<ref>dog</ref><box>[[1, 2, 3, 4]]</box>", "box"),
+        ("[[1, 2, 3, 4]]", "box"),
+        ("[[1, 2], [3, 4]]", "exact"),
+        ("[1, 2, 3, 4]", "exact"),
         ("\\frac{1}{2}", "number"),  # a plain fraction is a number
         ("\\sqrt{2}", "math"),
         ("x^2+1", "math"),
