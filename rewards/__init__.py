@@ -12,9 +12,8 @@ format_ok=True, reason=None)
 
 from rewards.datasets import DatasetTable, load_table
 from rewards.extract import STYLES, Extraction, extract
-from rewards.match import MATCHERS
+from rewards.match import MATCHERS, CannotJudge
 from rewards.pool import VerifierPool, verify
-from rewards.reasons import CannotJudge
 from rewards.verdict import Outcome, Task, Verdict, request_fault, task_of
 
 __all__ = [

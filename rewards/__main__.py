@@ -109,8 +109,8 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
 
 def run_explain(args: argparse.Namespace) -> None:
     """`python -m rewards explain`."""
-    from rewards.explain import explain
-    from rewards.rollouts import task_for
+    from rewards.audit.rollouts import task_for
+    from rewards.explain.explain import explain
 
     record, completion = _rollout_of(args) if args.place else _record_of(args)
     table = _table(args.datasets)
@@ -125,7 +125,7 @@ def run_explain(args: argparse.Namespace) -> None:
 
         print(json.dumps(told.as_dict()))
         return
-    from rewards.explain_text import print_explanation
+    from rewards.explain.text import print_explanation
 
     print_explanation(told)
 
@@ -151,7 +151,7 @@ def _record_of(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _rollout_of(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The question and the completion of a line; options given beside it replace its own."""
-    from rewards.rollouts import rollout_at
+    from rewards.audit.rollouts import rollout_at
 
     file, colon, number = args.place.rpartition(":")
     if not colon or not (number.isascii() and number.isdigit()) or int(number) < 1:
@@ -184,8 +184,8 @@ def _text(value: str) -> str:
 
 def run_audit(args: argparse.Namespace) -> None:
     """`python -m rewards audit`."""
-    from rewards.audit import audit
-    from rewards.audit_text import print_audit
+    from rewards.audit.audit import audit
+    from rewards.audit.text import print_audit
 
     for name, least in (("workers", 1), ("max_rows", 0), ("max_bad", 0)):
         if not vars(args)[name] >= least:
@@ -210,7 +210,7 @@ def run_audit(args: argparse.Namespace) -> None:
         )
     _check_bad(report, args.max_bad)
     if args.html is not None:
-        from rewards.audit_page import write_page
+        from rewards.audit.page import write_page
 
         given = {"matcher": args.matcher, "style": args.style, "datasets": args.datasets}
         options = [

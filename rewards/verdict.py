@@ -2,7 +2,7 @@
 
     Task -> plan_comparisons -> Comparison, .. -> run -> Result, .. -> conclude -> Verdict
 
-Both ends are pure; only the middle takes time, and only it can hang (rewards/pool.py).
+Both ends are pure; only the middle takes time, and only it can hang (rewards/pool/pool.py).
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from enum import StrEnum
 from typing import Any
 
 from rewards.datasets import DatasetEntry, DatasetTable, load_table
-from rewards.extract import STYLES, Extraction, extract
-from rewards.listed_options import options_in
-from rewards.lists import is_list_of_lists
-from rewards.match import MATCHERS, get_matcher
-from rewards.quantities import read_number
-from rewards.reasons import CannotJudge
-from rewards.texts import normalise
+from rewards.extract import STYLES, Extraction, extract, options_in
+from rewards.match import MATCHERS, CannotJudge, get_matcher
+from rewards.match.lists import is_list_of_lists
+from rewards.match.quantities import read_number
+from rewards.match.texts import normalise
 
 _CAPITAL = re.compile(r"\(?[A-Z]\)?\.?")
 _FORMULA = re.compile(r"\\[A-Za-z]|\^|[√π]")

@@ -29,7 +29,8 @@ from judge_server import (
 )
 
 from rewards import Outcome, VerifierPool
-from rewards.judge import (
+from rewards.judge import JudgeCache
+from rewards.judge.judge import (
     MAX_CHARACTERS,
     Judge,
     Judgement,
@@ -37,7 +38,6 @@ from rewards.judge import (
     judge_messages,
     read_reply,
 )
-from rewards.judge_cache import JudgeCache
 from rewards.judging import judge_records, judging_fault
 
 RIGHT, WRONG = says('{"correct": true}'), says('{"correct": false}')
@@ -269,7 +269,7 @@ def test_what_is_kept(server: Server, make: MakeJudge, tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from rewards.judge_cache import JudgeCache
+from rewards.judge import JudgeCache
 cache = JudgeCache(Path(sys.argv[1]))
 for number in range(60):
     cache.put(f"{sys.argv[2]}-{number}", number % 2 == 0)

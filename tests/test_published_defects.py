@@ -32,8 +32,8 @@ DEFECTS = {
         "test_published_defects.py::test_the_parser_evaluates_its_own_numbers_only",
     ],
     "4 Dropout-NTP cuts at spaces, and nobody compares the continuation with the original": [
-        "test_mmpr_dropout.py::test_a_reply_is_cut_between_words",
-        "test_mmpr_dropout.py::test_a_prefix_is_whole_text_for_any_reply",
+        "test_mmpr_cutting.py::test_a_reply_is_cut_between_words",
+        "test_mmpr_cutting.py::test_a_prefix_is_whole_text_for_any_reply",
         "test_mmpr_dropout.py::test_pairs_and_what_makes_none",
     ],
     "5 a broken sample is silently replaced by another": [

@@ -324,6 +324,6 @@ def test_rows_that_are_looked_at_when_they_are_used(folder: Path) -> None:
     assert [one.fault for one in lazy] == [
         "0 image(s) but 1 <image> placeholder(s)",
         None,
-        "field 'answer' is NoneType, expected a string or a list of strings",
+        "field 'question' is NoneType, expected a string",
     ]
     assert image_fault(lazy[0]) == lazy[0].fault

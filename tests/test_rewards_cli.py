@@ -16,9 +16,9 @@ from PIL import Image
 
 from rewards import MATCHERS, Outcome, Task, Verdict
 from rewards.__main__ import main
-from rewards.audit import MOST_EXAMPLES, audit
-from rewards.explain import explain
-from rewards.findings import KINDS, find, wants_math
+from rewards.audit.audit import MOST_EXAMPLES, audit
+from rewards.audit.findings import KINDS, find, wants_math
+from rewards.explain.explain import explain
 
 Capture = pytest.CaptureFixture[str]
 

@@ -6,7 +6,7 @@ from extract_cases_marked import BOXED, MARKED, THOUGHT
 from extract_cases_styles import STYLED
 
 from rewards import STYLES, extract
-from rewards.answers import MAX_ANSWER
+from rewards.extract.answers import MAX_ANSWER
 
 TABLES = (MARKED, BOXED, THOUGHT, LETTERS, IN_SENTENCES, BARE, NOTHING)
 ROWS = [("auto", *row) for table in TABLES for row in table]

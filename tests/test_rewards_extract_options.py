@@ -3,7 +3,7 @@
 import pytest
 
 from rewards import task_of
-from rewards.listed_options import options_in
+from rewards.extract import options_in
 
 PARIS = ["Paris", "London"]
 CITIES = ["Paris", "London", "Rome"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from match_cases import CASES, CHOICE, CHOICE_OF
 
 from rewards import MATCHERS, CannotJudge
-from rewards.grounding import best_assignment, box_iou
+from rewards.match.grounding import best_assignment, box_iou
 
 RULES = [name for name, matcher in MATCHERS.items() if not matcher.slow]
 

@@ -12,7 +12,7 @@ import pytest
 from fake_math import fake_math, is_gone, wait_until_gone
 
 from rewards import Task, VerifierPool
-from rewards.pool import MAX_AHEAD
+from rewards.pool.pool import MAX_AHEAD
 
 
 def math(prediction: str, gold: str = "3") -> Task:

@@ -27,8 +27,15 @@ def plain(prediction: str, gold: str) -> Task:
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Iterator[None]:
+    _end_shared()  # other tests of this process may have asked it
     with fake_math(tmp_path):
         yield
+    _end_shared()
+
+
+def _end_shared() -> None:
+    for process in shared_pool()._dispatcher.processes:
+        process.end()
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +188,6 @@ def test_in_the_workers_of_a_data_loader(fake, start):
         Verdicts(), num_workers=2, batch_size=None, multiprocessing_context=start, timeout=120
     )
     assert list(loader) == [["correct", "wrong"]] * 4
-    shared_pool()._dispatcher.processes[0].end()  # it has the fake
 
 
 def run(code: str, *flags: str) -> subprocess.Popen:

@@ -7,6 +7,7 @@ wrong with a tidy record. Neither looks at a file: images are checked where they
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any, Literal
@@ -87,6 +88,10 @@ def tidy_record(record: dict[str, Any], kind: Kind) -> dict[str, Any]:
     return record
 
 
+def _is_number(value: object) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
 def _tidy_answer(answer: object, matcher: object) -> object:
     """Gold answers as texts: "" for none, and a list's or a box's values as the text of the list.
 
@@ -95,12 +100,12 @@ def _tidy_answer(answer: object, matcher: object) -> object:
     """
     if answer is None:
         return ""
-    if type(answer) in (int, float):
+    if _is_number(answer):
         return str(answer)
     if isinstance(answer, list):
         if matcher in _OF_VALUES and answer and not isinstance(answer[0], str):
             return json.dumps(answer)
-        return [str(item) if type(item) in (int, float) else item for item in answer]
+        return [str(item) if _is_number(item) else item for item in answer]
     return answer
 
 

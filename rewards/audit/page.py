@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from rewards.audit import MOST_EXAMPLES, AuditReport, Example, Group
+from rewards.audit.audit import MOST_EXAMPLES, AuditReport, Example, Group
+from rewards.audit.findings import KINDS
 from rewards.display import number, share, visible
-from rewards.findings import KINDS
 from rewards.verdict import Outcome
 
 THUMBNAIL = 160  # pixels of an image's longer side
@@ -74,7 +74,7 @@ def render(
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("rewards", "templates"),
+        loader=PackageLoader("rewards.audit", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewards.judge_cache import JudgeCache
+from rewards.judge.cache import JudgeCache
 
 if TYPE_CHECKING:
     from openai import OpenAI

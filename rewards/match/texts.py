@@ -7,8 +7,8 @@ import re
 from rapidfuzz.distance import Levenshtein
 
 from rewards.markup import clean, fold
-from rewards.number_words import NUMBER_WORDS, english_runs
-from rewards.reasons import CannotJudge, Options
+from rewards.match.number_words import NUMBER_WORDS, english_runs
+from rewards.match.reasons import CannotJudge, Options
 
 ANLS_THRESHOLD = 0.5  # Biten et al. 2019, tau
 MAX_ANLS = 20_000  # characters of a gold; a distance costs their square / 64

@@ -7,7 +7,7 @@ r"""Does a prediction match a gold answer? Pure functions (prediction, gold, opt
     number   numbers with units, percent, thousands separators    exact fractions, no tolerance
     relaxed  within 5% of the gold number, years exactly          ChartQA (Masry et al. '22)
     anls     1 - distance / length, 0 from a distance of half on  DocVQA (Biten et al. '19), eq. 1-2
-    math     mathematical equality                                math-verify (see rewards/maths.py)
+    math     mathematical equality                                math-verify (see maths.py)
     list     the same items in any order                          SROIE (Huang et al. '19), task 3
     box      intersection over union, a match from 0.5 on         RefCOCO's Acc@0.5 (Yu et al. '16)
     point    inside the gold box, or near the gold point          ScreenSpot (Cheng et al. '24)
@@ -23,13 +23,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rewards.choices import match_choice
-from rewards.grounding import BOX_THRESHOLD, match_box, match_point
-from rewards.lists import match_list
-from rewards.maths import decide_early, match_math
-from rewards.numbers import match_number, match_relaxed
-from rewards.reasons import Options
-from rewards.texts import ANLS_THRESHOLD, match_anls, match_exact, match_vqa
+from rewards.match.choices import match_choice
+from rewards.match.grounding import BOX_THRESHOLD, match_box, match_point
+from rewards.match.lists import match_list
+from rewards.match.maths import decide_early, match_math
+from rewards.match.numbers import match_number, match_relaxed
+from rewards.match.reasons import Options
+from rewards.match.texts import ANLS_THRESHOLD, match_anls, match_exact, match_vqa
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Matcher:
     """A way to compare a prediction with a gold answer.
 
     score: the pure function. least: the least score that is a match. slow: it may run for long on
-    a hostile expression, and therefore runs in a process that can be killed (rewards/pool.py).
+    a hostile expression, and therefore runs in a process that can be killed (rewards/pool/pool.py).
     early: the score where a slow matcher's is plain without running it, else None.
     """
 

@@ -25,8 +25,8 @@ import json
 import re
 from collections.abc import Callable
 
-from rewards.answers import MAX_ANSWER, bracket_end, has_more, has_verb, peel_line, readable
-from rewards.extraction import (
+from rewards.extract.answers import MAX_ANSWER, bracket_end, has_more, has_verb, peel_line, readable
+from rewards.extract.extraction import (
     IN_A_SENTENCE,
     MORE,
     NO_ANSWER,
@@ -37,10 +37,10 @@ from rewards.extraction import (
     found_at,
     nothing,
 )
-from rewards.marked import boxed, marked
-from rewards.phrases import said
-from rewards.places import coordinates_only, lone_place, tagged_places
-from rewards.thinking import after_think, in_answer_tag
+from rewards.extract.marked import boxed, marked
+from rewards.extract.phrases import said
+from rewards.extract.places import coordinates_only, lone_place, tagged_places
+from rewards.extract.thinking import after_think, in_answer_tag
 
 STYLES = ("auto", "final", "boxed", "r1", "letter", "short", "box")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rewards.display import number, one_line, print_lines, quoted, visible
-from rewards.explain import Explanation, Step
+from rewards.explain.explain import Explanation, Step
 
 if TYPE_CHECKING:
     from rich.text import Text

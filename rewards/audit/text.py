@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from rewards.audit import AuditReport, Group
+from rewards.audit.audit import AuditReport, Group
+from rewards.audit.findings import KINDS
 from rewards.display import number, one_line, print_lines, share, visible
-from rewards.findings import KINDS
 from rewards.verdict import Outcome
 
 if TYPE_CHECKING:

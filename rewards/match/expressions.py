@@ -10,9 +10,9 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from rewards.markup import clean, fold
-from rewards.quantities import Number, read_number
-from rewards.texts import normalise
-from rewards.units import read_unit
+from rewards.match.quantities import Number, read_number
+from rewards.match.texts import normalise
+from rewards.match.units import read_unit
 
 _PLACES = 6  # decimals from which on a number may be a rounded one, as in math-verify
 _LETTER_BESIDE = re.compile(r"\d\s?[A-Za-z](?![A-Za-z])|\d\s?[A-Za-z]{2,}\d")

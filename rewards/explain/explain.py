@@ -1,4 +1,4 @@
-"""How a verdict came about, step by step: a structure; rewards/explain_text.py prints it."""
+"""How a verdict came about, step by step: a structure; rewards/explain/text.py prints it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from rewards.datasets import DatasetEntry, DatasetTable
+from rewards.explain.readings import read_as
 from rewards.extract import Extraction
 from rewards.match import MATCHERS
 from rewards.pool import VerifierPool, shared_pool
-from rewards.readings import read_as
 from rewards.verdict import (
     GROUNDING,
     Comparison,

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from rewards.markup import clean
-from rewards.quantities import Number, read_number, same_number
-from rewards.reasons import CannotJudge, Options
-from rewards.texts import normalise
+from rewards.match.quantities import Number, read_number, same_number
+from rewards.match.reasons import CannotJudge, Options
+from rewards.match.texts import normalise
 
 MAX_ITEMS = 5_000  # of a gold list
 _MAX_NUMBERS = 64  # items compared as numbers, each with each

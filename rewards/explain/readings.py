@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 
-from rewards.choices import match_choice, option_letter
 from rewards.display import quoted
-from rewards.grounding import read_places
-from rewards.lists import read_list
-from rewards.quantities import read_number
-from rewards.reasons import CannotJudge
-from rewards.texts import normalise, normalise_vqa
+from rewards.match import CannotJudge
+from rewards.match.choices import match_choice, option_letter
+from rewards.match.grounding import read_places
+from rewards.match.lists import read_list
+from rewards.match.quantities import read_number
+from rewards.match.texts import normalise, normalise_vqa
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _START_UP = 20.0  # seconds in which a process has math-verify imported, even on a busy machine
@@ -90,7 +90,7 @@ def _parsed(text: str, limit: float) -> str:
     """What math-verify reads, asked in a process that can be ended."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", "from rewards.readings import _answer; _answer()"],
+            [sys.executable, "-c", "from rewards.explain.readings import _answer; _answer()"],
             input=json.dumps(text).encode("ascii"),
             capture_output=True,
             timeout=_START_UP + limit,
@@ -108,7 +108,7 @@ def _answer() -> None:
     """The process of `_parsed`: a text on stdin, the expressions on stdout."""
     import resource
 
-    from rewards.maths import _parse
+    from rewards.match.maths import _parse
 
     resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
     found = [str(item) for item in _parse(json.load(sys.stdin))]

@@ -9,8 +9,8 @@ from typing import Any
 
 from rewards.markup import clean
 from rewards.match import MATCHERS
-from rewards.quantities import read_number
-from rewards.texts import normalise
+from rewards.match.quantities import read_number
+from rewards.match.texts import normalise
 from rewards.verdict import (
     GROUNDING,
     Comparison,

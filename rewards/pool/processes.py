@@ -19,7 +19,7 @@ START_LIMIT = 120.0  # seconds until a process must be ready (sympy from a slow 
 _NO_SIGNAL = socket.MSG_NOSIGNAL if sys.platform == "linux" else 0
 _START = (
     "import json, sys; given = json.loads(sys.argv[1]); sys.path[:] = given['path']; "
-    "from rewards.worker import serve; serve(given['limit'], given['memory_limit'])"
+    "from rewards.pool.worker import serve; serve(given['limit'], given['memory_limit'])"
 )
 
 

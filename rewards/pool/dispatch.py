@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from math import ceil
 
-from rewards.processes import Counters, Job, Process
+from rewards.pool.processes import Counters, Job, Process
 from rewards.verdict import Comparison, Result
 
 MAX_CACHED_LENGTH = 2_000  # characters of prediction and gold

@@ -6,9 +6,9 @@ import re
 from fractions import Fraction
 
 from rewards.markup import clean, fold
-from rewards.quantities import Number, read_number, same_number
-from rewards.reasons import CannotJudge, Options
-from rewards.texts import match_exact
+from rewards.match.quantities import Number, read_number, same_number
+from rewards.match.reasons import CannotJudge, Options
+from rewards.match.texts import match_exact
 
 RELAXED_SHARE = 20  # of the gold number: within a twentieth, 5% (ChartQA, section 5.1)
 YEARS = range(1500, 2101)  # a gold integer in here is taken for a year

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rewards.audit.findings import KINDS, Finding, find, math_finding, wants_math
+from rewards.audit.rollouts import BadLine, Request, Rollout, read_rollouts
 from rewards.datasets import DatasetTable
 from rewards.display import visible
-from rewards.findings import KINDS, Finding, find, math_finding, wants_math
 from rewards.pool import VerifierPool
-from rewards.rollouts import BadLine, Request, Rollout, read_rollouts
 from rewards.verdict import Outcome, Task, Verdict
 
 BATCH_ROWS, BATCH_SIZE = 2000, 2**24  # rollouts judged at a time, and the characters of their texts

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from rewards.answers import answer_after, first_answer, has_more, peel
+from rewards.extract.answers import answer_after, first_answer, has_more, peel
 
 MAX_MENTIONS = 32  # of one word, looked at from the end: bounds the work on hostile text
 

@@ -5,7 +5,7 @@
 Rule matchers are linear in the length of what they compare and run in the caller's process. Only a
 slow matcher goes to a process, one comparison at a time each, so that it is certain which one hung:
 that one costs its limit, gets a timeout, and nothing else waits for it. Processes are started when
-a comparison needs one and are subprocesses (rewards/processes.py), so a pool works in a plain
+a comparison needs one and are subprocesses (rewards/pool/processes.py), so a pool works in a plain
 script without a __main__ guard, in a notebook, in a data loader's worker, in any thread and beside
 CUDA. A forked copy of the owner never touches its parent's processes and starts its own.
 """
@@ -16,10 +16,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
-from rewards.dispatch import Cache, Dispatcher
-from rewards.match import MATCHERS
-from rewards.processes import Counters, Job
-from rewards.reasons import CannotJudge
+from rewards.match import MATCHERS, CannotJudge
+from rewards.pool.dispatch import Cache, Dispatcher
+from rewards.pool.processes import Counters, Job
 from rewards.verdict import (
     Comparison,
     Plan,

@@ -14,8 +14,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from rewards.markup import clean, fold
-from rewards.number_words import CHINESE_STARTERS, STARTERS, read_chinese, read_english
-from rewards.units import CURRENCIES, read_unit, units_differ
+from rewards.match.number_words import CHINESE_STARTERS, STARTERS, read_chinese, read_english
+from rewards.match.units import CURRENCIES, read_unit, units_differ
 
 _SCALES = {
     "hundred": 10**2,

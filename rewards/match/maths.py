@@ -1,12 +1,12 @@
 r"""Mathematical equality by math-verify (its own verdict: https://github.com/huggingface/Math-Verify).
 
-What needs no algebra is decided without it (rewards/expressions.py): equal texts, plain numbers,
+What needs no algebra is decided without it (expressions.py): equal texts, plain numbers,
 words. The rest is handed to math-verify's LaTeX parser, whole: never to its search for expressions
 inside a text, which reads "3 or 4" as 4 and evaluates arithmetic as Python.
 
 math-verify guards itself with SIGALRM, which works in a main thread only and is switched off here.
 Sympy can take for ever on a hostile expression ("9**9**9**9"), so `verify` and `VerifierPool` run
-`match_math` in a process that they kill when its time is over (rewards/pool.py).
+`match_math` in a process that they kill when its time is over (rewards/pool/pool.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import logging
 from functools import lru_cache
 from typing import Any
 
-from rewards.expressions import (
+from rewards.markup import clean
+from rewards.match.expressions import (
     as_latex,
     is_words,
     kind_of_list,
@@ -24,9 +25,8 @@ from rewards.expressions import (
     same_amount,
     same_words,
 )
-from rewards.markup import clean
-from rewards.reasons import CannotJudge
-from rewards.units import units_differ
+from rewards.match.reasons import CannotJudge
+from rewards.match.units import units_differ
 
 MAX_LENGTH = 2_000  # characters; no answer is longer, and regexes of math-verify are not linear
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from rewards.answers import answer_after, box_answer, boxes_opened, has_more, last_box
-from rewards.extraction import MORE, TWO, Extraction, found_at, nothing
+from rewards.extract.answers import answer_after, box_answer, boxes_opened, has_more, last_box
+from rewards.extract.extraction import MORE, TWO, Extraction, found_at, nothing
 
 # The marker may be bold or a heading ("**Final Answer** \n 9"), its colon half or full width.
 # or a line of its own. Both patterns begin with plain text: that is what makes them fast.

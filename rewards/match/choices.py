@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 
 from rewards.markup import clean, fold
-from rewards.quantities import read_number
-from rewards.reasons import CannotJudge, Options
-from rewards.texts import normalise
+from rewards.match.quantities import read_number
+from rewards.match.reasons import CannotJudge, Options
+from rewards.match.texts import normalise
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # options beyond the 26th are reached by their text
 _INDEX = {letter: place for place, letter in enumerate(LETTERS)}

@@ -13,7 +13,7 @@ import math
 import re
 from typing import NamedTuple
 
-from rewards.reasons import CannotJudge, Options
+from rewards.match.reasons import CannotJudge, Options
 
 BOX_THRESHOLD = 0.5  # RefCOCO's Acc@0.5
 POINT_RADIUS = 140.0  # 14% of the picture's side: AITW (Rawles et al. 2023), section 5

@@ -1,0 +1,6 @@
+"""The final answer of a completion, and whether it kept to the format; see `styles`."""
+
+from rewards.extract.extraction import Extraction as Extraction
+from rewards.extract.options import options_in as options_in
+from rewards.extract.styles import STYLES as STYLES
+from rewards.extract.styles import extract as extract
