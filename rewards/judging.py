@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -161,4 +161,4 @@ def by_judge(verdict: Verdict, correct: bool | None, reason: str | None) -> Verd
     if correct is not None:
         outcome = Outcome.CORRECT if correct else Outcome.WRONG
     score = None if correct is None else float(correct)
-    return replace(verdict, outcome=outcome, matcher=JUDGE, score=score, reason=reason)
+    return verdict._replace(outcome=outcome, matcher=JUDGE, score=score, reason=reason)

@@ -85,7 +85,7 @@ class Explanation:
 
     def as_dict(self) -> dict[str, Any]:
         """The explanation as JSON; the fault of the extraction among its fields."""
-        return asdict(self)
+        return {**asdict(self), "verdict": self.verdict._asdict()}
 
 
 def explain(
@@ -134,7 +134,7 @@ def _step(pool: VerifierPool, task: Task, plan: Plan, comparison: Comparison) ->
     name, gold = comparison.matcher, comparison.gold
     told = pool.judge(replace(task, answers=(gold,), matchers=(name,)))
     accepted = told.outcome == Outcome.CORRECT
-    least = plan.least_of(name)
+    least = MATCHERS[name].least if plan.least is None else plan.least
     note = told.reason
     if not accepted and told.score is not None and told.score >= least:
         ours, theirs = digits_of(comparison.prediction), digits_of(gold)

@@ -51,21 +51,17 @@ class _Run:
         self.job: Job | None = None
         self.verdict: Verdict | None = None
 
-    def add(self, result: Result) -> None:
-        """Take in the result of the next comparison."""
-        comparison = self.plan.comparisons[len(self.results)]
-        self.results.append(result)
-        self.accepted = self.accepted or self.plan.accepts(comparison, result)
-
     def next(self) -> Comparison | None:
         """The next comparison that is needed, None when the verdict is certain."""
-        done = len(self.results)
-        if done == len(self.plan.comparisons):
+        comparisons, done = self.plan.comparisons, len(self.results)
+        if done == len(comparisons):
             return None
-        comparison = self.plan.comparisons[done]
-        if self.accepted and (MATCHERS[comparison.matcher].slow or self.results[-1].score == 1.0):
-            return None
-        return comparison
+        if done:
+            last = self.results[-1]
+            self.accepted = self.accepted or self.plan.accepts(comparisons[done - 1], last)
+            if self.accepted and (MATCHERS[comparisons[done].matcher].slow or last.score == 1.0):
+                return None
+        return comparisons[done]
 
     def leave(self) -> None:
         """Wait for nothing any more (without a lock: the garbage collector may call this)."""
@@ -170,9 +166,13 @@ class VerifierPool:
                     if task is None:
                         continue
                     run = _Run(plan_comparisons(task))
+                    verdict = self._advance(run)
+                    if verdict is not None and not window:
+                        yield verdict
+                        continue
                     window.append(run)
                     length += len(run.plan.found.text or "")
-                    if self._advance(run) is None:
+                    if verdict is None:
                         running.append(run)
                     turn += 1
                     if not running or turn % _LOOK_EVERY:
@@ -192,14 +192,14 @@ class VerifierPool:
         if run.job is not None:
             if run.job.result is None:
                 return None
-            run.add(run.job.result)
+            run.results.append(run.job.result)
             run.job = None
         while (comparison := run.next()) is not None:
             result = self._decide_here(comparison)
             if result is None:
                 run.job = self._dispatcher.submit(comparison, id(run))
                 return None
-            run.add(result)
+            run.results.append(result)
         run.verdict = conclude(run.plan, run.results)
         return run.verdict
 
