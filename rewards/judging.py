@@ -97,13 +97,21 @@ def judge_records(
 
 @dataclass(frozen=True)
 class Verifier:
-    """How a command judges completions; see `judge_records`."""
+    """How a command judges completions (`judge_records`); its end closes pool and judge."""
 
     pool: VerifierPool
     judge: Judge | None = None
     ask_when: str = "named"
     style: str = "auto"
     table: DatasetTable | None = None
+
+    def __enter__(self) -> Verifier:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.close()
+        if self.judge is not None:
+            self.judge.close()
 
     def fault(self, record: Mapping[str, Any], *, unanswered: bool = False) -> str | None:
         """See `judging_fault`."""

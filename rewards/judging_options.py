@@ -1,30 +1,83 @@
-"""What command lines share: the options by which completions are judged, and what they ask for."""
+"""The options by which completions are judged, said once for all commands; what they ask for."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from rewards.datasets import load_table
 from rewards.extract import STYLES
+from rewards.judge import Judge
 from rewards.judging import ASK_WHEN, Verifier
 from rewards.pool import DEFAULT_LIMIT, VerifierPool
 
-if TYPE_CHECKING:
-    from rewards.judge import Judge
 
-_OF_A_JUDGE: dict[str, Any] = {
-    "judge_model": None,
-    "judge_api_key_env": "OPENAI_API_KEY",
-    "judge_when": "named",
-    "judge_timeout": 30.0,
-    "judge_max_retries": 2,
-    "judge_max_concurrency": 8,
-    "judge_max_tokens": 1024,
-    "judge_cache": None,
-}
+@dataclass
+class JudgeOptions:
+    """The judge's options; RLConfig has them as fields, `add_judging` makes flags of them."""
+
+    judge_base_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "An OpenAI-compatible endpoint (http://localhost:8000/v1) whose model judges "
+            'the answers of questions with "matcher": "judge". Needs the extra api.'
+        },
+    )
+    judge_model: str | None = field(default=None, metadata={"help": "The model's name there."})
+    judge_api_key_env: str = field(
+        default="OPENAI_API_KEY",
+        metadata={"help": "The environment variable with its key; local servers take any text."},
+    )
+    judge_when: str = field(
+        default="named",
+        metadata={
+            "help": "'named': only questions that name it; 'cannot_judge': also where the rules "
+            "say neither right nor wrong."
+        },
+    )
+    judge_timeout: float = field(default=30.0, metadata={"help": "Seconds of one request."})
+    judge_max_retries: int = field(
+        default=2,
+        metadata={"help": "Times that a question is asked again; then it cannot be judged."},
+    )
+    judge_max_concurrency: int = field(
+        default=8, metadata={"help": "Requests at a time, of one process."}
+    )
+    judge_max_tokens: int = field(
+        default=1024, metadata={"help": "Tokens of its reply; a model that thinks needs more."}
+    )
+    judge_cache: str | None = field(
+        default=None,
+        metadata={"help": "A file (SQLite) to keep judgements in; several processes may share it."},
+    )
+
+    def check_judge_options(self) -> None:
+        """Raise ValueError for options that contradict each other."""
+        if self.judge_when not in ASK_WHEN:
+            raise ValueError(f"judge_when is {self.judge_when!r}; one of: {', '.join(ASK_WHEN)}")
+        if self.judge_base_url is None:
+            for option in fields(JudgeOptions):
+                if vars(self)[option.name] != option.default:
+                    raise ValueError(f"{option.name} is given, but judge_base_url is not")
+        elif self.judge_model is None:
+            raise ValueError("judge_base_url is given, but judge_model, the name there, is not")
+
+    def open_judge(self) -> Judge | None:
+        """The judge, or None where none is asked for; raises ValueError as `Judge` does."""
+        if self.judge_base_url is None or self.judge_model is None:
+            return None
+        return Judge(
+            self.judge_base_url,
+            self.judge_model,
+            api_key_env=self.judge_api_key_env,
+            timeout=self.judge_timeout,
+            max_retries=self.judge_max_retries,
+            max_concurrency=self.judge_max_concurrency,
+            max_tokens=self.judge_max_tokens,
+            cache=None if self.judge_cache is None else Path(self.judge_cache),
+        )
 
 
 def add_judging(parser: argparse.ArgumentParser) -> None:
@@ -56,35 +109,21 @@ def add_judging(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds of one comparison, then its outcome is timeout (default: %(default)s)",
     )
-    _add_judge(parser.add_argument_group('a judge, for questions with "matcher": "judge"'))
-
-
-def _add_judge(group: argparse._ArgumentGroup) -> None:
-    def add(name: str, kind: type, metavar: str, about: str) -> None:
-        default = _OF_A_JUDGE[name.removeprefix("--").replace("-", "_")]
-        told = "" if default is None else f" (default: {default})"
-        group.add_argument(name, type=kind, metavar=metavar, default=default, help=about + told)
-
-    group.add_argument(
-        "--judge-base-url", metavar="URL", help="an OpenAI-compatible endpoint, up to and with /v1"
-    )
-    add("--judge-model", str, "NAME", "the model's name there")
-    add("--judge-api-key-env", str, "NAME", "variable with its key; local servers take any text")
-    group.add_argument(
-        "--judge-when",
-        choices=ASK_WHEN,
-        default=_OF_A_JUDGE["judge_when"],
-        help="cannot_judge: also where the rules say neither right nor wrong (default: named)",
-    )
-    add("--judge-timeout", float, "S", "seconds of one request")
-    add("--judge-max-retries", int, "N", "times that a question is asked again")
-    add("--judge-max-concurrency", int, "N", "requests at a time")
-    add("--judge-max-tokens", int, "N", "of its reply")
-    add("--judge-cache", Path, "FILE", "SQLite, to keep judgements in; processes may share it")
+    group = parser.add_argument_group('a judge, for questions with "matcher": "judge"')
+    for option in fields(JudgeOptions):
+        about = option.metadata["help"].rstrip(".")
+        default = option.default
+        group.add_argument(
+            "--" + option.name.replace("_", "-"),
+            type=str if default is None else type(default),
+            metavar={int: "N", float: "S"}.get(type(default), "TEXT"),
+            default=default,
+            help=about if default is None else f"{about} (default: {default})",
+        )
 
 
 def make_verifier(args: argparse.Namespace) -> Verifier:
-    """What the options ask for; its pool must be closed.
+    """What the options of `add_judging` ask for; to be used in a `with` statement.
 
     Raises ValueError for options that cannot be honoured, and for a judge that does not answer.
     """
@@ -92,31 +131,11 @@ def make_verifier(args: argparse.Namespace) -> Verifier:
         raise ValueError(f"--workers is {args.workers}; it must be at least 1")
     if not 0 < args.limit <= 3600:
         raise ValueError(f"--limit is {args.limit}; give seconds, above 0 and at most 3600")
-    for name, default in _OF_A_JUDGE.items():
-        if args.judge_base_url is None and vars(args)[name] != default:
-            raise ValueError(f"--{name.replace('_', '-')} has no meaning without --judge-base-url")
-    if args.judge_base_url is not None and args.judge_model is None:
-        raise ValueError("--judge-base-url needs --judge-model, the model's name there")
+    options = JudgeOptions(**{o.name: vars(args)[o.name] for o in fields(JudgeOptions)})
+    options.check_judge_options()
     table = None if args.datasets is None else load_table(args.datasets)
-    judge = _open_judge(args)
+    judge = options.open_judge()
+    if judge is not None:
+        judge.check()
     pool = VerifierPool(args.workers, limit=args.limit)
     return Verifier(pool, judge, args.judge_when, args.style, table)
-
-
-def _open_judge(args: argparse.Namespace) -> Judge | None:
-    if args.judge_base_url is None:
-        return None
-    from rewards.judge import Judge
-
-    judge = Judge(
-        args.judge_base_url,
-        args.judge_model,
-        api_key_env=args.judge_api_key_env,
-        timeout=args.judge_timeout,
-        max_retries=args.judge_max_retries,
-        max_concurrency=args.judge_max_concurrency,
-        max_tokens=args.judge_max_tokens,
-        cache=args.judge_cache,
-    )
-    judge.check()
-    return judge

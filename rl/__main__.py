@@ -49,8 +49,8 @@ def main() -> None:
     )
     from internvl.sampler import choose_backend, open_sampler
     from rewards import VerifierPool
-    from rewards.judging import judging_fault
-    from rl.rewarding import check_asked, check_judge, make_judge, make_terms, make_verifier
+    from rewards.judging import Verifier, judging_fault
+    from rl.rewarding import check_asked, check_judge, make_judge, make_terms
     from rl.trainer import RLTrainer
     from training.stage import check_files, open_stage, save_config
 
@@ -80,7 +80,8 @@ def main() -> None:
         dtype="bfloat16" if args.bf16 else model_args.dtype,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
     )
-    with VerifierPool(args.verifier_workers, limit=args.verifier_limit) as pool:
+    pool = VerifierPool(args.verifier_workers, limit=args.verifier_limit)
+    with Verifier(pool, judge, args.judge_when) as verifier:
         trainer = RLTrainer(
             model=stage.model,
             args=args,
@@ -89,7 +90,7 @@ def main() -> None:
             peft_config=peft_config(model_args),
             encoder=stage.encoder,
             sampler=sampler,
-            verify=make_verifier(pool, judge, args.judge_when),
+            verify=verifier.verdicts,
         )
         save_config(args, model_args)
         trainer.run()

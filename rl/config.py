@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from internvl.errors import UserError
-from rewards.judging import ASK_WHEN
+from rewards.judging_options import JudgeOptions
 from rewards.pool import DEFAULT_LIMIT
 from training.arguments import PackedTrainingArguments
 
 
 @dataclass
-class RLConfig(PackedTrainingArguments):
-    """Options of GSPO; see PackedTrainingArguments for the common ones.
+class RLConfig(JudgeOptions, PackedTrainingArguments):
+    """Options of GSPO; see PackedTrainingArguments for the common ones, JudgeOptions for a judge.
 
     `per_device_train_batch_size` counts groups (questions) of one optimizer step; a rollout batch
     is `steps_per_generation` times as many, sampled from one version of the weights.
@@ -69,39 +69,6 @@ class RLConfig(PackedTrainingArguments):
     verifier_limit: float = field(
         default=DEFAULT_LIMIT,
         metadata={"help": "Seconds of one comparison; then its outcome is timeout, no reward."},
-    )
-    judge_base_url: str | None = field(
-        default=None,
-        metadata={
-            "help": "An OpenAI-compatible endpoint (http://localhost:8000/v1) whose model judges "
-            'the answers of questions with "matcher": "judge". Needs the extra api.'
-        },
-    )
-    judge_model: str | None = field(default=None, metadata={"help": "The model's name there."})
-    judge_api_key_env: str = field(
-        default="OPENAI_API_KEY",
-        metadata={"help": "The environment variable with its key; local servers take any text."},
-    )
-    judge_when: str = field(
-        default="named",
-        metadata={
-            "help": "'named': only questions that name it; 'cannot_judge': also where the rules "
-            "say neither right nor wrong."
-        },
-    )
-    judge_timeout: float = field(default=30.0, metadata={"help": "Seconds of one request."})
-    judge_max_retries: int = field(
-        default=2, metadata={"help": "Times that a question is asked again; then no reward."}
-    )
-    judge_max_concurrency: int = field(
-        default=8, metadata={"help": "Requests at a time, of this device's process."}
-    )
-    judge_max_tokens: int = field(
-        default=1024, metadata={"help": "Tokens of its reply; a model that thinks needs more."}
-    )
-    judge_cache: str | None = field(
-        default=None,
-        metadata={"help": "A file (SQLite) to keep judgements in; several processes may share it."},
     )
     sampler: str = field(
         default="auto", metadata={"help": "'vllm', 'transformers', or 'auto': vLLM where it is."}
@@ -188,16 +155,7 @@ class RLConfig(PackedTrainingArguments):
             raise UserError(
                 f"verifier_limit is {self.verifier_limit:g}; seconds, above 0 and at most 3600"
             )
-        self._check_judge()
-
-    def _check_judge(self) -> None:
-        if (self.judge_base_url is None) != (self.judge_model is None):
-            raise UserError("judge_base_url and judge_model: give both, or neither")
-        if self.judge_when not in ASK_WHEN:
-            raise UserError(f"judge_when is {self.judge_when!r}; one of: {', '.join(ASK_WHEN)}")
-        for option in fields(self):
-            given = (
-                option.name.startswith("judge_") and getattr(self, option.name) != option.default
-            )
-            if given and self.judge_base_url is None:
-                raise UserError(f"{option.name} is given, but judge_base_url is not")
+        try:
+            self.check_judge_options()
+        except ValueError as error:
+            raise UserError(str(error)) from None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from internvl.data import Row
 from internvl.errors import UserError
 from internvl.sampler import Completion
-from rewards import Verdict, VerifierPool
+from rewards import Verdict
 from rewards.functions import (
     BUILT_IN,
     RewardFunction,
@@ -22,12 +21,12 @@ from rewards.functions import (
     repetition_reward,
 )
 from rewards.judge import Judge
-from rewards.judging import judge_records, names_judge
+from rewards.judging import names_judge
 from rewards.loading import OURS, RewardError, call_reward, check_columns, load_reward
 from rl.config import RLConfig
 
 # (a question's record, a completion of it), .. -> their verdicts, in order
-Verifier = Callable[[Sequence[tuple[Mapping[str, Any], str]]], Iterable[Verdict]]
+Verify = Callable[[Sequence[tuple[Mapping[str, Any], str]]], Iterable[Verdict]]
 
 
 def make_terms(args: RLConfig) -> list[RewardTerm]:
@@ -61,19 +60,8 @@ def _function_of(entry: str, args: RLConfig) -> RewardFunction:
 
 def make_judge(args: RLConfig) -> Judge | None:
     """The judge that the options name, or None; raises `UserError` for one that cannot be."""
-    if args.judge_base_url is None or args.judge_model is None:
-        return None
     try:
-        return Judge(
-            args.judge_base_url,
-            args.judge_model,
-            api_key_env=args.judge_api_key_env,
-            timeout=args.judge_timeout,
-            max_retries=args.judge_max_retries,
-            max_concurrency=args.judge_max_concurrency,
-            max_tokens=args.judge_max_tokens,
-            cache=None if args.judge_cache is None else Path(args.judge_cache),
-        )
+        return args.open_judge()
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -97,15 +85,6 @@ def check_asked(judge: Judge | None, args: RLConfig, rows: Sequence[Row]) -> Non
         )
 
 
-def make_verifier(pool: VerifierPool, judge: Judge | None, ask_when: str) -> Verifier:
-    """Verdicts of all completions at once: mathematics side by side, and the judge's requests."""
-
-    def verify(asked: Sequence[tuple[Mapping[str, Any], str]]) -> Iterable[Verdict]:
-        return judge_records(asked, pool, judge, ask_when=ask_when)
-
-    return verify
-
-
 @dataclass
 class Rewarded:
     """What became of a list of completions; each list is as long.
@@ -124,11 +103,11 @@ class Rewarder:
     """Gives completions their rewards.
 
     rows: all questions, whose columns are handed to the users' functions. terms: see `make_terms`.
-    verify: see `make_verifier`.
+    verify: says the verdicts of all completions at once (`Verifier.verdicts`).
     Raises `UserError` when a function asks for a column that no question has.
     """
 
-    def __init__(self, rows: Sequence[Row], terms: Sequence[RewardTerm], verify: Verifier):
+    def __init__(self, rows: Sequence[Row], terms: Sequence[RewardTerm], verify: Verify):
         self.terms = terms
         self.verify = verify
         self._columns: list[str] = []

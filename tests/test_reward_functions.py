@@ -335,7 +335,8 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--repetition_max_penalty", "-2"], "repetition_max_penalty is given, but repetition"),
     (["--verifier_workers", "0"], "verifier_workers is 0, at least 1"),
     (["--verifier_limit", "0"], "verifier_limit is 0; seconds"),
-    (["--judge_base_url", "http://a/v1"], "judge_base_url and judge_model: give both"),
+    (["--judge_base_url", "http://a/v1"], "judge_base_url is given, but judge_model"),
+    (["--judge_model", "m"], "judge_model is given, but judge_base_url is not"),
     (["--judge_timeout", "3"], "judge_timeout is given, but judge_base_url is not"),
     (["--judge_when", "always"], "judge_when is 'always'; one of: named, cannot_judge"),
 ]

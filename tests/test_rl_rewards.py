@@ -29,9 +29,10 @@ from internvl.errors import UserError
 from internvl.sampler import Completion
 from rewards import Outcome, Verdict, VerifierPool
 from rewards.functions import RewardTerm, accuracy_reward, format_reward
+from rewards.judging import Verifier
 from rewards.loading import load_reward
 from rl.config import RLConfig
-from rl.rewarding import Rewarder, check_judge, make_judge, make_verifier
+from rl.rewarding import Rewarder, check_judge, make_judge
 from training.metrics import Metrics
 
 OWN = """
@@ -264,7 +265,7 @@ def test_mathematics_that_hangs_has_no_reward(rows: list[Row], tmp_path: Path) -
     terms = [RewardTerm("accuracy", accuracy_reward, 1.0, decisive=True)]
     terms.append(RewardTerm("format", format_reward, 0.1))
     with fake_math(tmp_path), VerifierPool(2, limit=0.3) as pool:
-        rewarded = Rewarder(rows, terms, make_verifier(pool, None, "named")).reward(answered)
+        rewarded = Rewarder(rows, terms, Verifier(pool).verdicts).reward(answered)
     assert rewarded.rewards == [1.1, None, 0.1, None]
     outcomes = [verdict.outcome for verdict in rewarded.verdicts]
     assert outcomes == ["correct", "timeout", "wrong", "timeout"]

@@ -13,6 +13,7 @@ from internvl.terminal import Command
 from mmpr.commands import check, dropout, pair, sample, select, verify
 from mmpr.commands.shared import open_quarantine, told_to_the_user
 from mmpr.following import FollowingVerifier
+from mmpr.hashing import stable_hash
 from mmpr.recipe import Recipe, read_recipe
 from mmpr.verify import VerifyReport
 from rewards.judging_options import make_verifier
@@ -27,6 +28,13 @@ _COMMANDS = {
         check.COMMAND,
         select.COMMAND,
     )
+}
+# what comes after the verdicts, and what refuses its options; asked before anything is sampled
+_CHECKS = {
+    "pair": pair.check_options,
+    "dropout": dropout.check_options,
+    "check": check.check_options,
+    "select": select.check_options,
 }
 # options of verify that do not change what it says of a completion
 _OF_NO_VERDICT = (
@@ -90,10 +98,6 @@ class _Build:
             fixed.append(f"--output={output}")
         return self.recipe.arguments(command, fixed)
 
-    def with_images(self, *more: str) -> list[str]:
-        """The options that say where image paths start."""
-        return [f"--image-root={self.image_root()}", *more]
-
     def image_root(self) -> Path:
         """Where the rollouts' image paths start: images that were bytes lie beside them."""
         from mmpr.sample import first_image
@@ -107,9 +111,17 @@ class _Build:
     def check_recipe(self) -> None:
         """Refuse a build whose verdicts would be of two kinds, and every wrong option at once."""
         self._sample_options()
-        wanted = {"questions": str(self.recipe.questions), **self._verify_facts()}
+        for name, check_options in _CHECKS.items():
+            if self.recipe.sections[name] is not None:
+                check_options(self._options_of(name))
+        wanted = self._verify_facts()
         path = self.recipe.output / "build.json"
-        if path.exists():
+        if self.verdicts.exists():
+            if not path.exists():
+                raise UserError(
+                    f"{self.verdicts} exists without {path.name}: it is not known what made it. "
+                    "Give another --output."
+                )
             found = json.loads(path.read_bytes())
             for key, value in wanted.items():
                 if found.get(key) != value:
@@ -117,16 +129,18 @@ class _Build:
                         f"{self.recipe.file}: {key} is {value!r} now, but {self.recipe.output} was "
                         f"begun with {found.get(key)!r}; give another --output"
                     )
-        for name, source, output in (
-            ("pair", self.verdicts, self.pairs),
-            ("dropout", self.verdicts, self.dropout),
-            ("select", self.verdicts, self.questions),
-            ("check", self.meta, None),
-        ):
-            if self.recipe.sections[name] is not None:
-                more = [f"--model={self.recipe.model}"] if name == "dropout" else []
-                self.options(_COMMANDS[name], source, output, *more)
         write_json(path, wanted)
+
+    def _options_of(self, name: str, *more: str) -> Any:
+        """The arguments of a command that comes after the verdicts."""
+        command, model = _COMMANDS[name], f"--model={self.recipe.model}"
+        if name == "check":
+            section = self.recipe.sections[name] or {}
+            counted = [model] if {"max-length", "max-tiles"} & section.keys() else []
+            return self.options(command, self.meta, None, *counted)
+        output = {"pair": self.pairs, "dropout": self.dropout, "select": self.questions}[name]
+        own = [model] if name == "dropout" else []
+        return self.options(command, self.verdicts, output, *own, *more)
 
     def _sample_options(self) -> argparse.Namespace:
         recipe = self.recipe
@@ -142,6 +156,9 @@ class _Build:
         """What verdicts depend on besides the rollouts."""
         args = vars(self._verify_options())
         kept = {key: args[key] for key in args if key not in _OF_NO_VERDICT}
+        if args["datasets"] is not None:  # what it says counts, not where it lies
+            with told_to_the_user():
+                kept["datasets"] = f"a table of number {stable_hash(args['datasets'].read_text())}"
         return {f"verify {key}": str(value) for key, value in kept.items()}
 
     def sample_and_verify(self) -> None:
@@ -152,7 +169,7 @@ class _Build:
         with told_to_the_user():
             verifier = make_verifier(args)
         with (
-            verifier.pool,
+            verifier,
             FollowingVerifier(
                 *(self.rollouts, self.verdicts),
                 verifier=verifier,
@@ -168,33 +185,38 @@ class _Build:
     def go_on(self) -> None:
         """From the verdicts to pairs and questions for RL; each file is made whole or not."""
         recipe = self.recipe
+        self.meta.unlink(missing_ok=True)  # it tells of the sets that the recipe names now
         made: list[Path] = []
         for name, output in (("pair", self.pairs), ("dropout", self.dropout)):
             if recipe.sections[name] is None:
                 continue
             label = recipe.name if name == "pair" else f"{recipe.name}_dropout"
-            more = self.with_images(
-                f"--meta={self.meta}", f"--name={label}", f"--seed={recipe.seed}"
-            )
-            if name == "dropout":
-                more.append(f"--model={recipe.model}")
-            command = _COMMANDS[name]
-            command.run(self.options(command, self.verdicts, output, *more))
+            more = (f"--meta={self.meta}", f"--name={label}", f"--seed={recipe.seed}")
+            root = f"--image-root={self.image_root()}"
+            _COMMANDS[name].run(self._options_of(name, root, *more))
             made.append(output)
-        if made and recipe.sections["check"] is not None:
-            check.COMMAND.run(self.options(check.COMMAND, self.meta, None))
+        # before the check, which ends the build where too much is bad
         if recipe.sections["select"] is not None:
-            select.COMMAND.run(self.options(select.COMMAND, self.verdicts, self.questions))
-        self._say_what_is_there(made)
+            select.COMMAND.run(self._options_of("select"))
+        pairs = any(output.stat().st_size for output in made)
+        if pairs and recipe.sections["check"] is not None:
+            check.COMMAND.run(self._options_of("check"))
+        self._say_what_is_there(made, pairs)
 
-    def _say_what_is_there(self, made: list[Path]) -> None:
+    def _say_what_is_there(self, made: list[Path], pairs: bool) -> None:
         print()
-        if made:
+        if pairs:
             print(f"python -m mpo trains on {self.meta}")
+        for output in made:
+            if not output.stat().st_size:
+                print(f"{output} is empty: its table above says what became of the rollouts")
         if self.recipe.sections["select"] is not None:
-            root = self.image_root()
-            print(f"python -m rl trains on {self.questions} (--image_root {root})")
-        print(f"mmpr view {self.meta if made else self.verdicts} --output page.html shows it")
+            if self.questions.stat().st_size:
+                root = self.image_root()
+                print(f"python -m rl trains on {self.questions} (--image_root {root})")
+            else:
+                print(f"{self.questions} is empty: its table above tells the accuracies")
+        print(f"mmpr view {self.meta if pairs else self.verdicts} --output page.html shows it")
 
 
 COMMAND = Command("build", "all of it from one recipe, resumable", add_arguments, run)

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     rows = read_rows(args.rollouts, kind="rollout", quarantine=quarantine)
     bad_before = quarantine.count
     report = VerifyReport()
-    with verifier.pool:
+    with verifier:
         verdicts = verify_rows(rows, report, quarantine, verifier)
         bar = tqdm(verdicts, total=len(rows), desc="verifying", unit="rollout", delay=1)
         write_jsonl(args.output, bar)
