@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from internvl.errors import UserError
 from internvl.terminal import Command, command_parser, run_command
+
+if TYPE_CHECKING:
+    from rewards.judging import Verifier
 
 _ABOUT = "The whole cascade, SFT -> MPO -> GSPO, resumable and evaluated between stages."
 _EXAMPLE = """\
@@ -45,11 +50,12 @@ def _evaluate(args: argparse.Namespace) -> None:
     from cascade.evaluate import EvaluationConfig, evaluate
     from internvl.data import Quarantine, check_images, read_rows
     from internvl.sampler import open_sampler
-    from rewards import request_fault
 
     for name in ("samples", "max_tokens", "max_tiles"):
         if vars(args)[name] < 1:
             raise UserError(f"--{name.replace('_', '-')} is {vars(args)[name]}; give 1 or more")
+    count = dict(_named_text(item) for item in args.count)
+    config = EvaluationConfig(args.samples, args.max_tokens, args.max_tiles, args.seed, count)
     args.output.mkdir(parents=True, exist_ok=True)  # before the work: is there a place for it?
     bad_rows = args.output / "quarantine.jsonl"
     bad_rows.unlink(missing_ok=True)  # it tells of this run only
@@ -57,16 +63,24 @@ def _evaluate(args: argparse.Namespace) -> None:
     rows = read_rows(
         args.questions, kind="question", quarantine=quarantine, image_root=args.image_root
     )
-    good = check_images(rows, quarantine=quarantine, record_fault=request_fault)
-    count = dict(_named_text(item) for item in args.count)
-    config = EvaluationConfig(args.samples, args.max_tokens, args.max_tiles, args.seed, count)
-    sampler = open_sampler(args.model, backend=args.backend, seed=args.seed, dtype=args.dtype)
-    try:
-        metrics = evaluate(good, sampler, config, model=args.model, output=args.output)
-    finally:
-        sampler.close()
+    with _verifier(args) as verifier:
+        good = check_images(rows, quarantine=quarantine, record_fault=verifier.fault)
+        sampler = open_sampler(args.model, backend=args.backend, seed=args.seed, dtype=args.dtype)
+        with closing(sampler):
+            metrics = evaluate(
+                good, sampler, config, verifier, model=args.model, output=args.output
+            )
     for key, value in metrics.items():
         print(f"{key:>16}  {value:.4f}" if isinstance(value, float) else f"{key:>16}  {value}")
+
+
+def _verifier(args: argparse.Namespace) -> Verifier:
+    from rewards.judging_options import make_verifier
+
+    try:
+        return make_verifier(args)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _named_text(item: str) -> tuple[str, str]:
@@ -83,6 +97,8 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    from rewards.judging_options import add_judging
+
     add = parser.add_argument
     add(
         "questions",
@@ -101,6 +117,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--max-bad", type=float, default=0.05, help="share (<1) or number of bad rows borne")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
     _add_backend(parser)
+    add_judging(parser)
 
 
 def _add_backend(parser: argparse.ArgumentParser) -> None:

@@ -6,16 +6,18 @@ questions -> sampler (greedy; k samples) -> rewards -> predictions.jsonl, metric
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl.data import Row, store_images, write_json, write_jsonl
-from rewards import VerifierPool, task_of
 
 if TYPE_CHECKING:
     from internvl.sampler import Completion, Sampler
+    from rewards import Verdict
+    from rewards.judging import Verifier
 
 QUESTIONS_AT_ONCE = 256  # their images are in memory together
 
@@ -50,26 +52,28 @@ def mean_and_se(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / n)
 
 
-def _judge(row: Row, completions: Sequence[Completion], pool: VerifierPool) -> list[dict[str, Any]]:
-    verdicts = pool.map(task_of(row.data, completion.text) for completion in completions)
-    return [
-        {
-            "completion": completion.text,
-            "outcome": str(verdict.outcome),
-            # one that was cut never followed the format, whatever it holds
-            "format_ok": verdict.format_ok and completion.finish_reason == "stop",
-            "tokens": len(completion.token_ids),
-        }
-        for completion, verdict in zip(completions, verdicts, strict=True)
-    ]
+def _judged(completion: Completion, verdict: Verdict) -> dict[str, Any]:
+    return {
+        "completion": completion.text,
+        "outcome": str(verdict.outcome),
+        # one that was cut never followed the format, whatever it holds
+        "format_ok": verdict.format_ok and completion.finish_reason == "stop",
+        "tokens": len(completion.token_ids),
+    }
 
 
 def predict(
-    rows: Sequence[Row], sampler: Sampler, config: EvaluationConfig, *, output: Path
+    rows: Sequence[Row],
+    sampler: Sampler,
+    config: EvaluationConfig,
+    verifier: Verifier,
+    *,
+    output: Path,
 ) -> list[dict[str, Any]]:
     """Answer and judge every question: one prediction record each, in the rows' order.
 
-    output: the folder where images go that are no files.
+    verifier: judges the completions of many questions at once. output: the folder where images go
+    that are no files.
     """
     from tqdm import tqdm
 
@@ -79,33 +83,35 @@ def predict(
     greedy = SamplingConfig(temperature=0.0, **limits)
     sampled = SamplingConfig(n=config.samples, temperature=1.0, **limits)
     records = []
-    bar = tqdm(total=len(rows), desc="evaluating", unit="question")
-    with bar, VerifierPool() as pool:
+    with tqdm(total=len(rows), desc="evaluating", unit="question") as bar:
         for start in range(0, len(rows), QUESTIONS_AT_ONCE):
             part = rows[start : start + QUESTIONS_AT_ONCE]
             requests = [
                 request_of(row, config.seed + 1_000_003 * number)
                 for number, row in enumerate(part, start=start)
             ]
-            answers = zip(
-                part,
-                sampler.sample(requests, greedy),
-                sampler.sample(requests, sampled),
-                strict=True,
+            ones, many = sampler.sample(requests, greedy), sampler.sample(requests, sampled)
+            answered = [
+                (row, completion)
+                for row, *both in zip(part, ones, many, strict=True)
+                for completion in chain.from_iterable(both)
+            ]
+            verdicts = verifier.verdicts((row.data, done.text) for row, done in answered)
+            judged = (
+                _judged(done, verdict)
+                for (_, done), verdict in zip(answered, verdicts, strict=True)
             )
-            records += [_record(row, one + many, output, pool) for row, one, many in answers]
+            records += [_record(row, islice(judged, 1 + config.samples), output) for row in part]
             bar.update(len(part))
     return records
 
 
-def _record(
-    row: Row, completions: Sequence[Completion], output: Path, pool: VerifierPool
-) -> dict[str, Any]:
+def _record(row: Row, judged: Iterable[dict[str, Any]], output: Path) -> dict[str, Any]:
     """The prediction record of a question; the first completion is the greedy one."""
     files = row.image_sources()
     if any(isinstance(file, bytes) for file in files):
         files = [*store_images(row, output)]
-    greedy, *sampled = _judge(row, completions, pool)
+    greedy, *sampled = judged
     return {
         "id": row.data["id"],
         "image": [str(file.resolve()) for file in files if isinstance(file, Path)],
@@ -154,10 +160,16 @@ def summarise(
 
 
 def evaluate(
-    rows: Sequence[Row], sampler: Sampler, config: EvaluationConfig, *, model: str, output: Path
+    rows: Sequence[Row],
+    sampler: Sampler,
+    config: EvaluationConfig,
+    verifier: Verifier,
+    *,
+    model: str,
+    output: Path,
 ) -> dict[str, Any]:
     """Evaluate and write `predictions.jsonl` and `metrics.json` into `output`."""
-    records = predict(rows, sampler, config, output=output)
+    records = predict(rows, sampler, config, verifier, output=output)
     metrics = summarise(records, output.name, model, config)
     write_jsonl(output / "predictions.jsonl", records)
     write_json(output / "metrics.json", metrics)

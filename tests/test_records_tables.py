@@ -34,6 +34,8 @@ from internvl.sampler import Completion, SampleRequest, SamplingConfig
 from mmpr.cli import main as mmpr
 from mmpr.listing import detect_kind
 from mmpr.sample import pending_rows
+from rewards import VerifierPool
+from rewards.judging import Verifier
 
 
 @pytest.fixture
@@ -346,9 +348,9 @@ def test_evaluation_shows_images_that_were_bytes(folder: Path) -> None:
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "t.parquet")
     sampler = Fixed()
-    evaluate(
-        read(folder / "t.parquet"), sampler, EvaluationConfig(), model="m", output=folder / "e"
-    )
+    rows_read, config = read(folder / "t.parquet"), EvaluationConfig()
+    with Verifier(VerifierPool()) as verifier:
+        evaluate(rows_read, sampler, config, verifier, model="m", output=folder / "e")
     lines = (folder / "e" / "predictions.jsonl").read_text().splitlines()
     (stored,), (file,) = (json.loads(line)["image"] for line in lines)
     assert Path(stored).read_bytes() == encoded(0)
