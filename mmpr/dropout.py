@@ -275,6 +275,7 @@ def sample_continuations(
     """
     from tqdm import tqdm
 
+    total = len(rows) + quarantine.count
     run = {**run, "model": check_same_run(output, run)}
     done = recover(output, 1, _text_of)
     with naming_the_file(meta_path(output)):
@@ -295,7 +296,7 @@ def sample_continuations(
                     out.write(dump_line(_continued(one, completion, starter, run, config)))
             report.sampled += len(answered)
             bar.update(len(part))
-            quarantine.check(len(rows) + quarantine.count)  # after writing: it is kept
+            quarantine.check(total)  # after writing: it is kept
     finally:
         bar.close()
         if sampler is not None:
@@ -362,7 +363,9 @@ def why_no_pair(record: dict[str, Any]) -> str | None:
 
 
 def pairs_of(continuations: Path, report: DropoutReport) -> Iterator[dict[str, Any]]:
-    """The pairs (MMPR records of kind "dropout") that a file of continuations gives."""
+    """The pairs (MMPR records of kind "dropout") that a file of continuations gives, if any."""
+    if not continuations.exists():  # no reply could be taken
+        return
     for _, _, record in whole_lines(continuations):
         if reason := why_no_pair(record):
             report.left_out[reason] += 1

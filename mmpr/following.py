@@ -27,12 +27,12 @@ from rewards.judging import Verifier
 
 AT_ONCE = 4096  # verdicts written and synced together
 
-Key = tuple[str, int]  # of a rollout: its question's id and the number of its sample
+Key = tuple[str, int, str]  # of a rollout: its question's id, the number of its sample, its text
 
 
 def key_of(record: dict[str, Any]) -> Key:
     """What a rollout and its verdict share."""
-    return record["id"], record["sample"]
+    return record["id"], record["sample"], record["completion"]
 
 
 def recover_verdicts(path: Path, report: VerifyReport) -> Key | None:

@@ -51,6 +51,12 @@ def group_by_question(verdicts: Iterable[dict[str, Any]]) -> dict[str, list[dict
     return groups
 
 
+def golds(record: dict[str, Any]) -> list[str]:
+    """The gold answers of a rollout or verdict."""
+    answer = record["answer"]
+    return [answer] if isinstance(answer, str) else list(answer)
+
+
 def strip_rollout(verdict: dict[str, Any]) -> dict[str, Any]:
     """The question that a verdict belongs to, with the matcher it asked for, if any."""
     question = {

@@ -28,7 +28,7 @@ from heapq import heapify, heappop, heappush
 from typing import Any
 
 from internvl.errors import UserError
-from mmpr.groups import JUDGED, group_by_question
+from mmpr.groups import JUDGED, golds, group_by_question
 from mmpr.hashing import stable_hash
 
 LENGTH_RATIOS = (
@@ -231,11 +231,6 @@ def like_pairs(
         yield positives[p], negatives[n]
 
 
-def _golds(verdict: dict[str, Any]) -> list[str]:
-    answer = verdict["answer"]
-    return [answer] if isinstance(answer, str) else list(answer)
-
-
 def _pair(
     chosen: dict[str, Any], rejected: dict[str, Any], number: int, kind: str
 ) -> dict[str, Any]:
@@ -248,7 +243,7 @@ def _pair(
         "question": chosen["question"],
         "chosen": chosen["completion"],
         "rejected": rejected["completion"],
-        "answer_gt": _golds(chosen)[0],
+        "answer_gt": golds(chosen)[0],
         "kind": kind,
     }
 
@@ -267,7 +262,7 @@ def question_pairs(
     combine = like_pairs if config.balance_length else even_pairs
     pairs: list[dict[str, Any]] = []
     for chosen, rejected in combine(found.positives, found.wrong):
-        answers = [chosen["extracted"], *_golds(chosen)]
+        answers = [chosen["extracted"], *golds(chosen)]
         if any(contains_answer(rejected["extracted"], answer) for answer in answers):
             report.left_out["the correct answer stands in the wrong one"] += 1
         elif len(pairs) == config.max_pairs:

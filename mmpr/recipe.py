@@ -14,6 +14,11 @@ from internvl.terminal import Command
 _PATHS = ("questions", "model", "output", "image-root")
 _TOP = (*_PATHS, "name", "seed", "max-bad")
 _OURS = (*_TOP, "meta", "quarantine")  # set for all sections together, or by the build itself
+_LATER = {  # a build writes MMPR's files; what is made of them is a command of its own
+    "format": "mmpr export",
+    "embed-images": "mmpr export",
+    "fix": "mmpr check --fix",
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ class Recipe:
 
         Raises UserError, naming the recipe and the section, for options that are none.
         """
-        parser = _SectionParser(prog=f"{self.file}: {command.name}", allow_abbrev=False)
+        prog = f"{self.file}: {command.name}"
+        parser = _SectionParser(prog=prog, allow_abbrev=False, add_help=False)
         parser.folder = self.file.parent
         command.add_arguments(parser)
         given: list[str] = []
@@ -67,7 +73,9 @@ class _SectionParser(argparse.ArgumentParser):
                 self.error(f"{key} is {value!r}; give true or false")
             return [name] if value else []
         if action.type is Path:
-            value = self.folder / str(value)
+            if not isinstance(value, str):
+                self.error(f"{key} is {value!r}; give a path")
+            value = self.folder / Path(value).expanduser()
         if isinstance(value, bool):  # YAML reads on and off, yes and no
             return [name, "on" if value else "off"]
         if isinstance(value, list):
@@ -132,7 +140,7 @@ def _typed(file: Path, top: Mapping[str, Any], key: str, kind: Any, default: Any
 
 def _path(file: Path, top: Mapping[str, Any], key: str) -> Path | None:
     value = _typed(file, top, key, (str, type(None)), None)
-    return None if value is None else file.parent / value
+    return None if value is None else file.parent / Path(value).expanduser()
 
 
 def _section(file: Path, top: Mapping[str, Any], command: str) -> Mapping[str, Any] | None:
@@ -146,4 +154,8 @@ def _section(file: Path, top: Mapping[str, Any], command: str) -> Mapping[str, A
     for key in section:
         if key in _OURS:
             raise UserError(f"{file}: {command}: {key} is set at the top, or by the build itself")
+        if key in _LATER:
+            raise UserError(
+                f"{file}: {command}: {key} is not for a build; `{_LATER[key]}` reads its meta.json"
+            )
     return section

@@ -65,7 +65,8 @@ class SampleReport:
 class SamplePlan:
     """What is to be sampled into a file.
 
-    pending: the questions that it does not hold. done: how many it holds. total: rows in all.
+    pending: the questions that it does not hold. done: how many it holds. total: rows read, bad
+    ones included.
     run: `describe_run` of this run. root: see `portable_record`.
     """
 
@@ -107,15 +108,17 @@ def plan_sampling(
     config: SamplingConfig,
     run: dict[str, Any],
     root: Path | None = None,
+    bad: int = 0,
 ) -> SamplePlan:
     """What is left to sample; a torn end of `output` is cut off. Nothing is sampled.
 
+    bad: rows that were put aside when `rows` were read.
     Raises UserError when `output` belongs to another run or to other questions.
     """
     check_same_run(output, run)
     done = recover(output, config.n, digest)
     pending = pending_rows(rows, done, output, root)
-    return SamplePlan(output, config, run, pending, len(done), len(rows), root)
+    return SamplePlan(output, config, run, pending, len(done), len(rows) + bad, root)
 
 
 def digest(record: Mapping[str, Any]) -> int:
@@ -229,7 +232,6 @@ class _Writer:
     def __init__(self, plan: SamplePlan, model: str, quarantine: Quarantine, report: SampleReport):
         self.plan, self.model = plan, model
         self.quarantine, self.report = quarantine, report
-        self.total = plan.total + quarantine.count
         self.records: list[dict[str, Any]] = []  # in order, and not yet on disk
         self.questions = 0  # that `records` stand for, those put aside included
         self._asked: dict[int, Row] = {}
@@ -325,11 +327,11 @@ def sample_batches(
                 bar.update()
                 if writer.questions >= batch_questions or writer.late():
                     records = writer.flush()
-                    quarantine.check(writer.total)  # after writing: what was sampled is kept
+                    quarantine.check(plan.total)  # after writing: what was sampled is kept
                     yield records
     finally:
         report.bad = quarantine.count
         last = writer.flush() if writer.records else []  # none where writing has failed
-    quarantine.check(writer.total)
+    quarantine.check(plan.total)
     if last:
         yield last

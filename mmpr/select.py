@@ -59,6 +59,15 @@ def bucket(value: float) -> str:
     return BUCKETS[1 + int(value * 10 + 1e-9)]
 
 
+def check_bounds(min_accuracy: float, max_accuracy: float) -> None:
+    """Raise UserError for bounds that no accuracy can meet."""
+    if not 0 <= min_accuracy <= max_accuracy <= 1:
+        raise UserError(
+            f"accuracy bounds are {min_accuracy} and {max_accuracy}; "
+            "they must be in [0, 1], the lower one first"
+        )
+
+
 def select_questions(
     verdicts: Iterable[dict[str, Any]], *, min_accuracy: float = 0.2, max_accuracy: float = 0.8
 ) -> tuple[list[dict[str, Any]], SelectReport]:
@@ -66,11 +75,7 @@ def select_questions(
 
     Raises UserError for bounds that no accuracy can meet.
     """
-    if not 0 <= min_accuracy <= max_accuracy <= 1:
-        raise UserError(
-            f"accuracy bounds are {min_accuracy} and {max_accuracy}; "
-            "they must be in [0, 1], the lower one first"
-        )
+    check_bounds(min_accuracy, max_accuracy)
     report = SelectReport()
     selected = []
     for group in group_by_question(verdicts).values():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from internvl.data import Quarantine, Row
+from mmpr.groups import golds
 from rewards import Outcome, Verdict
 from rewards.judging import Verifier
 
@@ -63,9 +64,13 @@ def judged_record(record: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
 
     The verdict's `matcher` is the one that decided; what the question itself named is kept as
     `requested_matcher`, so that `select` can give the question back as it was. A completion cut off
-    at max_tokens never followed the format, whatever it holds.
+    at max_tokens never followed the format, whatever it holds. A question without a gold answer
+    has nothing that a completion without a final answer would fail: that cannot be judged, either.
     """
     asked = as_asked(record)["matcher"]
+    if verdict.outcome == Outcome.NO_ANSWER and not any(map(str.strip, golds(record))):
+        reason = "the question has no gold answer"
+        verdict = verdict._replace(outcome=Outcome.CANNOT_JUDGE, score=None, reason=reason)
     judged = {
         **record,
         "outcome": str(verdict.outcome),

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
-from build_runs import SAMPLES, BuildRun
+from build_runs import FORMULAS, SAMPLES, BuildRun
 from PIL import Image
 
 from internvl.data import write_jsonl
 from mmpr import cli
 
-QUESTIONS = 48
+QUESTIONS = 32
 RECIPE = {
     "questions": "questions.jsonl",
     "model": "model",
@@ -30,8 +30,10 @@ RECIPE = {
 }
 
 
-def make_folder(folder: Path, checkpoint: Path, **changes: Any) -> Path:
-    """Questions (two of them bad), and a recipe; its path."""
+def make_folder(
+    folder: Path, checkpoint: Path, *, matcher: str | None = "exact", **changes: Any
+) -> Path:
+    """Questions (two of them bad), and a recipe; its path. matcher: None for no gold answers."""
     folder.mkdir()
     (folder / "model").symlink_to(checkpoint)
     Image.new("RGB", (30, 20)).save(folder / "a.png")
@@ -40,8 +42,7 @@ def make_folder(folder: Path, checkpoint: Path, **changes: Any) -> Path:
             "id": f"q{i}",
             "image": "a.png",
             "question": "<image>\nWhat is it?",
-            "answer": ("0.5", "2", "x^2", "9")[i % 4],
-            "matcher": "math",
+            **({} if matcher is None else {"answer": FORMULAS[i % 4], "matcher": matcher}),
         }
         for i in range(QUESTIONS)
     ]
@@ -71,9 +72,9 @@ def without_folder(built: dict[str, bytes], folder: Path) -> dict[str, bytes]:
     return {path: text.replace(name, b"") for path, text in built.items()}
 
 
-def uninterrupted(tmp_path: Path, model: Path) -> tuple[dict[str, bytes], float]:
+def uninterrupted(tmp_path: Path, model: Path, matcher: str) -> tuple[dict[str, bytes], float]:
     """The files of a build that nothing stopped, and the seconds that it took."""
-    run = BuildRun(make_folder(tmp_path / "whole", model), pause=0.02)
+    run = BuildRun(make_folder(tmp_path / "whole", model, matcher=matcher), pause=0.02)
     run.start(0.0)  # the fork server's own start is not timed
     start = time.monotonic()
     code, told = run.start()
@@ -82,10 +83,10 @@ def uninterrupted(tmp_path: Path, model: Path) -> tuple[dict[str, bytes], float]
     return without_folder(files(out / "out"), out), time.monotonic() - start
 
 
-def kill_and_go_on(tmp_path: Path, model: Path, kills: int, seed: int) -> None:
-    whole, seconds = uninterrupted(tmp_path, model)
+def kill_and_go_on(tmp_path: Path, model: Path, kills: int, seed: int, matcher: str) -> None:
+    whole, seconds = uninterrupted(tmp_path, model, matcher)
     folder = tmp_path / "killed"
-    run = BuildRun(make_folder(folder, model), pause=0.02)
+    run = BuildRun(make_folder(folder, model, matcher=matcher), pause=0.02)
     rng = random.Random(seed)
     for _ in range(kills):
         code, told = run.start(rng.uniform(0.05, 0.6) * seconds)
@@ -96,21 +97,22 @@ def kill_and_go_on(tmp_path: Path, model: Path, kills: int, seed: int) -> None:
 
 
 def test_killed_and_started_again_it_comes_out_the_same(tiny_model: Path, tmp_path: Path) -> None:
-    kill_and_go_on(tmp_path, tiny_model, kills=3, seed=0)
+    kill_and_go_on(tmp_path, tiny_model, kills=3, seed=0, matcher="exact")
 
 
 @pytest.mark.slow
 def test_killed_twenty_times(tiny_model: Path, tmp_path: Path) -> None:
     for seed in range(4):
         (tmp_path / str(seed)).mkdir()
-        kill_and_go_on(tmp_path / str(seed), tiny_model, kills=5, seed=seed + 1)
+        kill_and_go_on(tmp_path / str(seed), tiny_model, kills=5, seed=seed + 1, matcher="math")
 
 
 def test_what_a_build_leaves(tiny_model: Path, tmp_path: Path) -> None:
     """The same files as the commands one by one, and every question accounted for."""
-    recipe = make_folder(tmp_path / "b", tiny_model)
+    recipe = make_folder(tmp_path / "b", tiny_model, matcher="math")
     code, told = BuildRun(recipe).start()
     assert code == 0, told
+    assert "python -m mpo trains on" in told
     out = tmp_path / "b" / "out"
     rollouts, verdicts = records(out / "rollouts.jsonl"), records(out / "verdicts.jsonl")
     assert len(rollouts) == (QUESTIONS - 1) * SAMPLES  # one image is missing
@@ -144,6 +146,17 @@ def test_what_a_build_leaves(tiny_model: Path, tmp_path: Path) -> None:
         ({"paring": {}}, "unknown paring; there are: questions, model, output"),
         ({"seed": "x"}, "seed is 'x'"),
         ({"verify": {"workers": 0}}, "--workers is 0"),
+        ({"verify": {"datasets": "none.yaml"}}, "none.yaml: No such file"),
+        ({"verify": {"datasets": ["a"]}}, "datasets is ['a']; give a path"),
+        ({"sample": {"help": True}}, "sample: unknown option help"),
+        ({"pair": {"format": "trl"}}, "`mmpr export` reads its meta.json"),
+        ({"check": {"fix": "good"}}, "`mmpr check --fix` reads its meta.json"),
+        # what the later commands refuse is refused before anything is sampled
+        ({"pair": {"format-negatives": False, "max-format-share": 0.3}}, "--max-format-share has"),
+        ({"dropout": {"start-ratio": 2}}, "start ratio is 2.0"),
+        ({"dropout": {"max-tokens": 0}}, "max_tokens is 0"),
+        ({"select": {"min-accuracy": 0.9}}, "accuracy bounds are 0.9 and 0.8"),
+        ({"check": {"max-length": 0}}, "--max-length is 0"),
     ],
 )
 def test_what_is_wrong_with_a_recipe(
@@ -158,14 +171,46 @@ def test_what_is_wrong_with_a_recipe(
         cli.main(["build", str(recipe)])
     told = capsys.readouterr().err
     assert ended.value.code == 2 and message in told and told.count("\n") == 1
+    assert not (tmp_path / "b" / "out" / "rollouts.jsonl.meta.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("begun", "message"),
+    [
+        ('{"verify style": "auto"}', "verify style is 'boxed' now, but"),
+        (None, "verdicts.jsonl exists without build.json"),
+    ],
+)
 def test_verdicts_of_another_kind_are_refused(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    begun: str | None,
+    message: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    recipe = make_folder(tmp_path / "b", tiny_model)
-    assert BuildRun(recipe).start()[0] == 0
-    recipe.write_text(yaml.safe_dump({**RECIPE, "verify": {"style": "boxed"}}))
+    recipe = make_folder(tmp_path / "b", tiny_model, verify={"style": "boxed"})
+    out = tmp_path / "b" / "out"
+    out.mkdir()
+    (out / "verdicts.jsonl").touch()
+    if begun is not None:
+        (out / "build.json").write_text(begun)
     with pytest.raises(SystemExit):
         cli.main(["build", str(recipe)])
-    assert "verify style is 'boxed' now, but" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_questions_without_answers_give_no_pairs_and_no_error(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """And rollouts that were made anew do not keep the old verdicts."""
+    recipe = make_folder(tmp_path / "b", tiny_model, matcher=None)
+    out = tmp_path / "b" / "out"
+    code, told = BuildRun(recipe).start()
+    assert code == 0 and "pairs.jsonl is empty" in told and "python -m mpo" not in told, told
+    outcomes = {record["outcome"] for record in records(out / "verdicts.jsonl")}
+    assert outcomes == {"cannot_judge"}
+    rollouts = records(out / "rollouts.jsonl")
+    rollouts[-1]["completion"] = "of another model"
+    write_jsonl(out / "rollouts.jsonl", rollouts)
+    code, told = BuildRun(recipe).start()
+    assert code == 2 and "they are verdicts of other rollouts" in told

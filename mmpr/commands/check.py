@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     """`mmpr check`."""
     from tqdm import tqdm
 
-    _check(args)
+    check_options(args)
     found = list(data_sets_to_check(args.file, args.image_root))
     encoder = _encoder(args)
     path = _quarantine_path(args)
@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(f"{args.file}: {faults[0]}{more}")
 
 
-def _check(args: argparse.Namespace) -> None:
+def check_options(args: argparse.Namespace) -> None:
+    """Raise UserError for options that cannot be honoured."""
     for name in ("max_length", "max_tiles"):
         value = vars(args)[name]
         if value is None:

@@ -21,7 +21,7 @@ from mmpr.dropout import NOT_KNOWN_TO_BE_WRONG, DropoutConfig, DropoutReport
 
 if TYPE_CHECKING:
     from internvl.data import Kind
-    from internvl.sampler import Sampler
+    from internvl.sampler import Sampler, SamplingConfig
     from internvl.scoring import PairScorer
 
 
@@ -68,18 +68,19 @@ def run(args: argparse.Namespace) -> None:
     """`mmpr dropout`."""
     from mmpr.dropout import choose_rollouts
 
-    config = _check(args)
+    config, sampling = check_options(args)
     quarantine = open_quarantine(args)
     kind = _kind(args.rollouts)
     if args.outcomes is not None and kind == "rollout":
         raise UserError(f"--outcomes: {args.rollouts} holds rollouts; `mmpr verify` gives outcomes")
     rows = read_rows(args.rollouts, kind=kind, quarantine=quarantine, image_root=args.image_root)
+    read = len(rows) + quarantine.count
     if args.meta is not None:
         require_images(rows)
     report = DropoutReport()
     chosen = choose_rollouts(rows, config, report)
-    pairs = _make_pairs(args, config, rows, chosen, quarantine, report)
-    quarantine.check(len(rows) + quarantine.count)
+    pairs = _make_pairs(args, config, sampling, rows, chosen, quarantine, report)
+    quarantine.check(read)
     write_pairs(args, pairs, _root(args, rows), quarantine)
     report.pairs = len(pairs)
     report.chosen_chars = sum(len(pair["chosen"]) for pair in pairs)
@@ -89,7 +90,10 @@ def run(args: argparse.Namespace) -> None:
     tell_bad(quarantine)
 
 
-def _check(args: argparse.Namespace) -> DropoutConfig:
+def check_options(args: argparse.Namespace) -> tuple[DropoutConfig, SamplingConfig]:
+    """What the options ask for; raises UserError for those that cannot be honoured."""
+    from internvl.sampler import SamplingConfig
+
     for name in ("batch", "max_model_len", "max_tiles"):
         value = vars(args)[name]
         if value is not None and value < 1:
@@ -100,12 +104,13 @@ def _check(args: argparse.Namespace) -> DropoutConfig:
         )
     check_pair_output(args)
     refuse_overwrite(args.rollouts, args.output)
-    return DropoutConfig(
+    config = DropoutConfig(
         start_ratio=args.start_ratio,
         max_pairs=args.max_pairs_per_question,
         outcomes=tuple(args.outcomes or NOT_KNOWN_TO_BE_WRONG),
         seed=args.seed,
     )
+    return config, SamplingConfig(1, args.temperature, args.top_p, args.top_k, args.max_tokens)
 
 
 def _kind(path: Path) -> Kind:
@@ -131,6 +136,7 @@ def _root(args: argparse.Namespace, rows: Sequence[Row]) -> Path:
 def _make_pairs(
     args: argparse.Namespace,
     config: DropoutConfig,
+    sampling: SamplingConfig,
     rows: Sequence[Row],
     chosen: dict[str, int],
     quarantine: Quarantine,
@@ -138,12 +144,11 @@ def _make_pairs(
 ) -> list[dict[str, Any]]:
     """Sample what is not sampled yet; returns the pairs."""
     from internvl.chat import load_processor
-    from internvl.sampler import SamplingConfig, choose_backend, open_sampler
+    from internvl.sampler import choose_backend, open_sampler
     from mmpr import dropout
     from mmpr.hashing import model_fingerprint
     from mmpr.resumable import check_same_run
 
-    sampling = SamplingConfig(1, args.temperature, args.top_p, args.top_k, args.max_tokens)
     fingerprint = model_fingerprint(args.model)
     backend = choose_backend(Path(args.model), args.backend)
     continuations = beside(args.output, ".continuations.jsonl")

@@ -52,19 +52,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the draw (default: 0)")
 
 
-def run(args: argparse.Namespace) -> None:
-    """`mmpr pair`."""
+def check_options(args: argparse.Namespace) -> PairConfig:
+    """What the options ask for; raises UserError for those that cannot be honoured."""
     refuse_overwrite(args.verdicts, args.output)
     check_pair_output(args)
     if args.format_negatives == "off" and args.max_format_share is not None:
         raise UserError("--max-format-share has no meaning with --format-negatives off")
-    config = PairConfig(
+    return PairConfig(
         max_pairs=args.max_pairs_per_question,
         format_negatives=args.format_negatives == "on",
         max_format_share=0.5 if args.max_format_share is None else args.max_format_share,
         balance_length=args.balance_length,
         seed=args.seed,
     )
+
+
+def run(args: argparse.Namespace) -> None:
+    """`mmpr pair`."""
+    config = check_options(args)
     quarantine = open_quarantine(args)
     rows = read_rows(
         args.verdicts, kind="verdict", quarantine=quarantine, image_root=args.image_root

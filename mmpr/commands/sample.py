@@ -127,10 +127,12 @@ def sampling(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     root = args.image_root or input_folder(args.questions)
     rows = PromptedRows(_read(args, quarantine), args.prompt_style, args.language)
     # before the model is loaded: is this the same run, and is anything left to do?
-    plan = sample.plan_sampling(rows, output=args.output, config=config, run=run, root=root)
+    plan = sample.plan_sampling(
+        rows, output=args.output, config=config, run=run, root=root, bad=quarantine.count
+    )
     yield []
     if sample.only_bad_left(plan.pending, quarantine):
-        quarantine.check(len(rows) + quarantine.count)
+        quarantine.check(plan.total)
         print(f"{args.output} is complete: {plan.done} questions x {config.n}")
         tell_bad(quarantine)
         return

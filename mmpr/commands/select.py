@@ -16,7 +16,7 @@ from mmpr.commands.shared import (
     tell_image_root,
 )
 from mmpr.groups import usable_verdicts
-from mmpr.select import SelectReport, select_questions
+from mmpr.select import SelectReport, check_bounds, select_questions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-accuracy", type=float, default=0.8, help="(default: %(default)s)")
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """Raise UserError for options that cannot be honoured."""
+    refuse_overwrite(args.verdicts, args.output)
+    check_bounds(args.min_accuracy, args.max_accuracy)
+
+
 def run(args: argparse.Namespace) -> None:
     """`mmpr select`."""
-    refuse_overwrite(args.verdicts, args.output)
+    check_options(args)
     quarantine = open_quarantine(args)
     rows = read_rows(args.verdicts, kind="verdict", quarantine=quarantine)
     bad_before = quarantine.count

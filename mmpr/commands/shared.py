@@ -73,10 +73,12 @@ def share(part: float, whole: float) -> str:
 
 @contextmanager
 def told_to_the_user() -> Iterator[None]:
-    """What `rewards` cannot honour (a ValueError there), as a `UserError`."""
+    """What `rewards` cannot honour or read (a ValueError or OSError there), as a `UserError`."""
     try:
         yield
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from None
