@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 _BOLD = re.compile(r"(?<!\w)\*\*([^*\n]{1,200})\*\*(?!\w)")  # not the power in 2**3
-_OPENERS = frozenset("*`$\\\"“'_")
+_OPENERS = frozenset("*`$\\\"“'_「『")
 _STOPS = ".。，,；;！"
 _CLOSERS = frozenset("*`" + _STOPS)
 _WRAPPERS = (
@@ -16,6 +16,8 @@ _WRAPPERS = (
     ("\\[", "\\]"),
     ('"', '"'),
     ("“", "”"),
+    ("「", "」"),
+    ("『", "』"),
     ("'", "'"),
     ("__", "__"),
     ("_", "_"),
@@ -84,6 +86,7 @@ _SILENT = dict.fromkeys(  # zero-width characters and directions: they show noth
     [*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0xFEFF, 0xAD]
 )
 _SILENT |= {0x2212: "-", 0x2010: "-", 0x2011: "-", 0x2012: "-", 0x2013: "-", 0x2044: "/"}
+_SILENT |= {0x2018: "'", 0x2019: "'"}
 _RUN = re.compile(r"\S{1,64}")
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from rewards.datasets import DatasetEntry, DatasetTable, load_table
 from rewards.extract import STYLES, Extraction, extract, options_in
 from rewards.match import MATCHERS, CannotJudge, get_matcher
+from rewards.match.choices import is_option
 from rewards.match.lists import is_list_of_lists
 from rewards.match.quantities import read_number
 from rewards.match.texts import normalise
@@ -202,6 +203,9 @@ def plan_comparisons(task: Task) -> Plan:
     ]
     grounded = pairs[0][0] in GROUNDING
     found = extract(task.completion, "box" if grounded and task.style == "auto" else task.style)
+    if found.text is None and pairs[0][0] == "choice" and task.style == "auto":
+        line = extract(task.completion, "letter")  # the first or the last line; or prose
+        found = line if line.text and is_option(line.text, task.options) else found
     if found.text is None:
         return Plan(found, pairs[0][0], ())
     matcher = pairs[0][0]

@@ -31,6 +31,8 @@ MARKED: list[Case] = [
     ("Final Answer\n\n42", "42", "final", True),
     ("**Final Answer**\n\n42", "42", "final", True),
     ("## Final Answer\n**42**", "42", "final", True),
+    ("**Final Answer** 42", "42", "final", True),
+    ("答案：「北京」", "北京", "final", True),
     ("答案：42", "42", "final", True),
     ("答案是42", "42", "final", True),
     ("最终答案：**42**", "42", "final", True),

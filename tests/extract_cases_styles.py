@@ -31,6 +31,9 @@ STYLED: dict[str, list[Case]] = {
         ("It is tall.\nB", "B", "letter", False),
         ("<think>B</think>C", "C", "letter", True),
         ("B\nBecause it is tall.", "B", "letter", False),
+        ("B\n\nExplanation:\n- A: small\n- B: tall", "B", "letter", False),
+        ("It is tall.\n\n**B. Paris**", "B. Paris", "letter", False),
+        ("It is A.\nA\nB", None, "none", False),  # two lone letters: which?
         ("Final answer: B", "B", "letter", True),
         ("Final answer: (B)", "B", "letter", True),
         ("\\boxed{B}", "B", "letter", False),
@@ -54,7 +57,7 @@ STYLED: dict[str, list[Case]] = {
         ("Answer: B", "B", "letter", True),
         ("The answer is probably B, since A is small.", "B", "letter", False),
         ("B\n", "B", "letter", True),
-        ("A. Paris\nB. London", "A. Paris", "letter", False),
+        ("A. Paris\nB. London", None, "none", False),  # the options again: none is chosen
     ],
     "short": [
         ("<think>x</think>Paris", "Paris", "short", True),

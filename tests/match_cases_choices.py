@@ -111,6 +111,11 @@ CHOICE_OF = [
     ("B", "The answer is London", CITIES, 1),
     ("B", "B. It is in England", CITIES, 1),
     ("B", "B, because Paris is in France", CITIES, 1),
+    ("B", "London (B)", CITIES, 1),
+    ("B", "London (A)", CITIES, 0),
+    ("B", "London, because it is not Paris", CITIES, 1),
+    ("B", "not London, because it is Paris", CITIES, 0),
+    ("B", "Paris or London, because ..", CITIES, 0),
     ("B", "B. Paris", CITIES, 0),  # letter against text
     ("B", "B (Paris)", CITIES, 0),
     ("B", "B. London or Paris", CITIES, 0),

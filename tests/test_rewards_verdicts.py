@@ -180,3 +180,19 @@ def test_the_prompts_style_is_the_extractions():
     assert task_of(boxed, "\\boxed{9}").style == "boxed"
     assert task_of(boxed, "9", style="final").style == "final"
     assert task_of({"answer": "9", "prompt_style": "none"}, "9").style == "auto"
+
+
+@pytest.mark.parametrize(
+    ("completion", "gold", "outcome"),
+    [
+        ("B\n\nThe picture shows Big Ben.", "B", "correct"),
+        ("It shows Big Ben.\n\n**B. London**", "B", "correct"),
+        ("It shows Big Ben.\n\n**B. London**", "A", "wrong"),
+        ("A. Paris\nB. London\n\nI am not sure.", "A", "no_answer"),  # the options again
+        ("Let me see.\n\nA. Paris: the Eiffel", "A", "no_answer"),  # cut in the middle of one
+        ("It shows Big Ben.\nIs it A?", "A", "no_answer"),
+    ],
+)
+def test_a_line_that_is_an_option_answers_a_multiple_choice_question(completion, gold, outcome):
+    verdict = verify(completion, gold, options=["Paris", "London"])
+    assert (verdict.outcome, verdict.format_ok) == (outcome, False)

@@ -11,7 +11,7 @@ from rewards.extract.extraction import MORE, TWO, Extraction, found_at, nothing
 # or a line of its own. Both patterns begin with plain text: that is what makes them fast.
 _FINAL = re.compile(
     r"final[\s*_]{1,4}answers?(?:(?:\s{0,2}\([^()\n]{0,30}\))?(?:\s{1,3}is)?[\s*_`]{0,4}(?:[:：=→]|[-–—]\s)"
-    r"|(?P<heading>[ \t*_#`.]{0,6}(?=\n)))"
+    r"|(?P<heading>[ \t*_#`.]{0,6}(?=\n)|(?:\*\*|__)[ \t]{1,4}(?=[-+$(\\\d])))"
 )
 _FINAL_CN = re.compile(
     r"答案(?:[\s*_`]{0,4}(?:应?[是为]|如下)?[\s*_`]{0,3}[:：=]|】[:：]?"

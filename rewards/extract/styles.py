@@ -8,7 +8,8 @@ r"""The final answer of a completion, and whether the completion kept to the for
     short    "Answer with a word or a phrase"                        the whole completion
     box      a place in the picture                                  <box>[[1, 2, 3, 4]]</box>
     auto     not known: the last "Final answer:" or \boxed{} wins, then the last "the answer is ..",
-             then a completion that is nothing but an option's letter or a short answer
+             then a completion that is nothing but an option's letter or a short answer (and of a
+             multiple-choice question then as letter: rewards/verdict.py)
 
 Two findings are kept apart. `text` is the answer, wherever it could be read. `format_ok` says that
 a style was followed as asked: one final answer (not several), nothing of substance after it, a
@@ -137,6 +138,8 @@ _OPTION = re.compile(r"(?:option|choice|选项)\s{0,2}(?=[(\[（]?[A-Z]\b)", re.
 _LETTER_THEN_TEXT = re.compile(
     r"\(?[A-J](?:\)[.:]?|[.:：、])\s{0,3}(?!(?:is|was|are|can|cannot|does|has|and|or|would)\b)\S.*"
 )
+_LONE = re.compile(r"^[ \t>#*_([-]{0,9}([A-Z])[)\].:*_]{0,6}[ \t]{0,9}$", re.MULTILINE)
+_LABELLED = re.compile(r"^[ \t>#*_([-]{0,9}([A-J])[)\].:：、*_]{1,6}(?!\w)", re.MULTILINE)
 _LONGEST_LETTER = 300  # characters of an option with its text
 _BARE = re.compile(
     r"[-+−~≈]?\s?[$€£¥]?\d(?:[\d,.]{0,20}\d)?(?:\s?[/:×xX-]\s?\d[\d,.]{0,20}){0,3}"  # 42 · 3/4
@@ -155,7 +158,7 @@ def _unmarked(core: str) -> Extraction:
     core = _OPTION.sub("", core, count=1)
     if alone := _LETTER.fullmatch(core):
         return found_at(alone[1], "letter", None)
-    if _LETTERS.fullmatch(core) and _in_order(core):
+    if _LETTERS.fullmatch(core) and (_in_order(core) or not core.isalpha()):
         return found_at(core, "letter", None)
     if len(core) <= _LONGEST_LETTER and _LETTER_THEN_TEXT.fullmatch(core):
         return found_at(core, "letter", None)
@@ -255,8 +258,11 @@ def _letter(text: str, low: str) -> Extraction:
         return found_at(inner.text, "letter", boxed if other.style == "boxed" else other.fault)
     first, _, _ = text.partition("\n")
     for line in (first, text.rpartition("\n")[2]):
-        alone = _unmarked(peel_line(line)) if len(line) <= _LONGEST_LETTER else nothing()
-        if alone.style == "letter" and alone.text is not None:
+        core = peel_line(line) if len(line) <= _LONGEST_LETTER else ""
+        alone = _unmarked(core)
+        # what lists the options again chooses none of them; an explanation may go through them
+        others = _LONE if _LETTER.fullmatch(core) else _LABELLED
+        if alone.style == "letter" and alone.text and len({*others.findall(text)}) <= 1:
             return found_at(alone.text, "letter", "text around the option's letter")
     return found if found.text is not None else nothing()
 

@@ -35,6 +35,10 @@ _REASONED = re.compile(
     r"(\s{1,3}(?:answer|option|choice|one))?",
     re.DOTALL | re.IGNORECASE,
 )
+# "London (B)", "London, because Big Ben is there": the option's text comes first
+_TEXT_FIRST = re.compile(
+    r"(.+?)(?:\s\(([A-Z])\)|,?\s(?:because|since)\b.*|[，,](?:因为|由于).*)", re.DOTALL
+)
 _SPACED = re.compile(r"([A-Z]) (\S.*)", re.DOTALL)  # "B London"
 _OTHERS = re.compile(r"(?<![A-Za-z'’.])[A-HJ-Z](?![A-Za-z'’])")  # I is a word
 _HEDGE = re.compile(r"\b(?:or|and|或)\s{0,3}[(\[]?[A-Z](?![A-Za-z])|^\s{0,3}[/&,]\s{0,3}[A-Z]\b")
@@ -186,8 +190,29 @@ class _Options:
                 return frozenset([meant]) if meant == place else None
             if any(self.by_text(part) not in (place, None) for part in _OR.split(rest[:200])):
                 return None
+        if first := _TEXT_FIRST.fullmatch(text):
+            place = self.by_text(first[1])
+            if place is not None:
+                return frozenset([place]) if self.place_of.get(first[2], place) == place else None
         claimed = _claimed(text)
         return frozenset([self.place_of[claimed]]) if claimed in self.place_of else None
+
+
+def is_option(text: str, options: Options) -> bool:
+    """Whether a text is nothing but a letter, or the letter of an option with just its text.
+
+    >>> is_option("B. London", ["Paris", "London"]), is_option("B. It is tall", ["Paris", "London"])
+    (True, False)
+    """
+    whole = clean(fold(text))
+    if _ALONE.fullmatch(whole):
+        return True
+    label = _label(whole)
+    if label is None or not options:
+        return False
+    table = _Options(options)
+    place = table.by_text(label[1])
+    return place is not None and place == table.place_of.get(label[0])
 
 
 def _bare(text: str) -> str:

@@ -24,6 +24,7 @@ Box = tuple[float, float, float, float]
 Point = tuple[float, float]
 
 _GROUP = re.compile(r"[\[(]([^\[\]()]*)[\])]")
+_TAG = re.compile(r"</?(?:box|point)>")
 _NUMBERS = re.compile(r"[\d\s,.+-]+", re.ASCII)
 _N = r"([+-]?(?:\d{1,12}(?:\.\d{0,12})?|\.\d{1,12}))"
 _KEYED = re.compile(
@@ -68,8 +69,8 @@ def read_places(text: str) -> Places | None:
     if not groups:
         if keyed := _KEYED.search(text):
             groups = [list(keyed.groups())]
-        elif len(text) <= _MAX_GROUP and _NUMBERS.fullmatch(text):
-            groups = [text.replace(",", " ").split()]
+        elif len(text) <= _MAX_GROUP and _NUMBERS.fullmatch(bare := _TAG.sub(" ", text)):
+            groups = [bare.replace(",", " ").split()]
     return _places(groups, beside or [False])
 
 

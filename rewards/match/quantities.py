@@ -51,7 +51,7 @@ _DIGITS = (
 )
 _NUMBER = re.compile(
     rf"""
-    (?P<sign>[+-]?)\s*(?P<currency>(?:us\$|[$€£¥₹]|(?:usd|eur|gbp|cny|rmb|inr|rs\.?)(?=[\s\d]))?)
+    (?P<sign>[+-]?)\s*(?P<currency>(?:us\$|[$€£¥₹]|(?:usd|eur|gbp|cny|rmb|inr|rs\.?|rm)(?=[\s\d]))?)
     \s*(?P<sign2>[+-]?)\s*
     (?:10\s?\^\s?\{{?\s?(?P<base>[+-]?\d{{1,3}})\s?\}}?
       |(?:(?P<whole>\d{{1,15}})(?:\s+|\s*\+\s*|\s*and\s+))?
@@ -71,7 +71,8 @@ _SENTENCE = re.compile(  # "The area is 24", "答案是 5"; but not "it is not 5
 )
 _LEAD = re.compile(
     r"(?:[A-Za-z]\w{0,10}(?:\s\w{1,10})?\s*[=≈]\s*)?"
-    r"(?:(?:approximately|approx\.?|about|around|roughly|大约|约|≈|~|=)\s*)?",
+    r"(?:(?:approximately|approx\.?|about|around|roughly|大约|约|≈|~|=)\s*"
+    r"|(?:in\s|(?:in\s)?(?:the\s)?year\s)\s*(?=[12]\d{3}$))?",
     re.IGNORECASE,
 )
 _FRAC = re.compile(

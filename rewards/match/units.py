@@ -81,6 +81,7 @@ _UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in names.sp
 _UNITS |= {name: name for name in _ALONE.split()}
 CURRENCIES = {"$": "$", "us$": "$", "usd": "$", "€": "€", "eur": "€", "£": "£", "gbp": "£"} | {
     "¥": "¥", "cny": "¥", "rmb": "¥", "₹": "₹", "rs": "₹", "rs.": "₹", "inr": "₹",
+    "rm": "rm",
 }  # fmt: skip
 # "5 or", "5 May", "5 million to": a word that makes something else of the number before it
 _NO_UNIT_WORDS = """
