@@ -23,7 +23,9 @@ _WRAPPERS = (
     ("_", "_"),
 )
 _COMMAND = re.compile(
-    r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox|boxed|fbox)\s{0,2}\{", re.ASCII
+    r"\\(?:text(?:bf|rm|it|tt|sf|normal)?|math(?:rm|bf|it|sf)|mbox|boxed|fbox|boldsymbol|bm|emph"
+    r"|underline)\s{0,2}\{",
+    re.ASCII,
 )
 
 
@@ -56,8 +58,9 @@ def _unwrap(text: str) -> str:
         if not (text.startswith(left) and text.endswith(right)):
             continue
         inner = text[len(left) : -len(right)]
-        # "$1$ and $2$" is not one wrapped answer
-        if inner and left not in inner and right not in inner:
+        # "$1$ and $2$" is not one wrapped answer, "$\\$5$" is
+        bare = inner.replace("\\$", "") if left == "$" else inner
+        if inner and left not in bare and right not in bare:
             return inner.strip()
     if (command := _COMMAND.match(text)) and brace_end(text, command.end()) == len(text):
         return text[command.end() : -1].strip()

@@ -227,6 +227,8 @@ NOTHING: list[Case] = [
     ("The last option is wrong. Who knows.", None, "none", False),
     ("Final Answer:", None, "none", False),
     ("Final Answer: **", None, "none", False),
+    ("Final Answer:\n\n---", None, "none", False),
+    ('"Paris" and "Rome"', None, "none", False),  # not one text in quotes
     ("", None, "none", False),
     ("Final answer:", None, "none", False),
     ("The answer is not B", None, "none", False),

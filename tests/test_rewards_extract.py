@@ -26,7 +26,7 @@ def test_extract(style, completion, text, found, format_ok):
     [
         "  {}  ", "\n\n{}\n\n", "\t{}\r\n", "\u3000{}\xa0", "\u200b{}\u200f", "**{}**", "***{}***",
         "_{}_", "*{}*", "`{}`", "> {}", "- {}", "* {}", "# {}", "### {}", "> **{}**",
-        "```\n{}\n```",
+        "```\n{}\n```", "{}\n\n---", "{}\n***",
     ],
 )  # fmt: skip
 def test_markup_around_a_completion_changes_nothing(around):

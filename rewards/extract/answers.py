@@ -34,14 +34,19 @@ _TOKEN = re.compile(r"<\|[\w ]{1,30}\|>|</s>")
 # An emoji beside an answer is no part of it ("9 🎉"); alone it is one.
 _EMOJI = "\u2600-\u27bf\u2b50\u2b55\ufe0f\U0001f000-\U0001faff"
 _EMOJIS = re.compile(f"[{_EMOJI}]")
-_EMOJI_EDGES = re.compile(rf"^[{_EMOJI}\s]+(?=\w)|(?<=[\w%.)])\s{{0,9}}[{_EMOJI}][{_EMOJI}\s]*$")
+_EMOJI_EDGES = re.compile(
+    rf"^[{_EMOJI}\s]+(?=\w)|(?<=[\w%.)\]}}*`'\"”」$])\s{{0,9}}[{_EMOJI}][{_EMOJI}\s]*$"
+)
 
 _PREFIX = re.compile(r"(?:[ \t]{0,9}(?:>|#{1,6}(?=\s)|[-*+•](?=\s))){1,20}[ \t]{0,9}")
 _BULLET = re.compile(r"[ \t]{0,9}(?:>[ \t]{0,3})?(?:[-*+•]|\d{1,2}[.)])[ \t]{1,4}(?=\S)")
 _CLOSING = re.compile(r"[*_`]{1,3}(?=\s)")  # of the marker's emphasis: "**Final answer:** 9"
 _SUBSTANCE = re.compile(r"[^\W_]")
 _BLOCKS = ("```", "$$", "\\[", "[", "{", "|", "-", "+", "*", "•", ">", "1")
-_MARKUP = frozenset("*_`>#-+•")
+_AROUND = [(mark, mark) for mark in ("***", "**", "*", "__", "_", "`", "$$", "$", '"', "'")]
+_AROUND += [("“", "”"), ("‘", "’"), ("「", "」")]
+_MARKUP = frozenset("*_`>#-+•$\"'“‘「")
+_RULES = ("---", "----", "-----", "***", "___")  # markdown's line across the page
 _EMPHASIS = " \t*_`#>"
 
 # A sentence that explains: it begins with one of these words and has a verb, or is labelled.
@@ -96,6 +101,8 @@ def _unwrapped(text: str) -> str:
     """A completion without one layer of markdown around the whole of it, or a template's token."""
     if text.endswith(("|>", "</s>")) and (token := _TOKEN.fullmatch(text, text.rfind("<"))):
         return text[: token.start()]
+    if (last := text[text.rfind("\n") + 1 :].strip()) in _RULES and last != text:
+        return text[: text.rfind("\n")]
     if text[:1] not in _MARKUP:
         return text
     if text.startswith("```"):
@@ -103,9 +110,11 @@ def _unwrapped(text: str) -> str:
         return _fence(text)[0] if whole else text
     if prefix := _PREFIX.match(text):
         return text[prefix.end() :]
-    for mark in ("***", "**", "*", "__", "_", "`"):
-        inner = text[len(mark) : -len(mark)]
-        if text.startswith(mark) and text.endswith(mark) and inner and mark[0] not in inner:
+    for left, right in _AROUND:
+        inner = text[len(left) : -len(right)]
+        if not inner or not (text.startswith(left) and text.endswith(right)):
+            continue
+        if left[0] not in inner and right not in inner:
             return inner
     return text
 
@@ -120,8 +129,8 @@ def peel(text: str) -> str:
     if text[:1] == "【" and text[-1] == "】":
         text = text[1:-1].strip()
     if not text.isascii() and len(text) <= MAX_ANSWER and _EMOJIS.search(text):
-        text = _EMOJI_EDGES.sub("", text) or text
-    return text if text.strip("*_`") else ""
+        text = clean(_EMOJI_EDGES.sub("", text)) or text
+    return text if text.strip("*_`") and text not in _RULES else ""
 
 
 def peel_line(text: str) -> str:
