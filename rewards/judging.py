@@ -40,11 +40,15 @@ def _by_rule(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
 
 
 def judging_fault(
-    record: Mapping[str, Any], *, has_judge: bool, unanswered: bool = False
+    record: Mapping[str, Any],
+    *,
+    has_judge: bool,
+    unanswered: bool = False,
+    table: DatasetTable | None = None,
 ) -> str | None:
     """What keeps a question's completions from being judged as it asks for, or None.
 
-    unanswered: see `request_fault`, of which this is the one for commands that may have a judge.
+    unanswered, table: see `request_fault`; this is the one for commands that may have a judge.
 
     >>> judging_fault({"matcher": "judge"}, has_judge=False)
     "matcher 'judge' needs a judge: give judge_base_url and judge_model"
@@ -52,7 +56,7 @@ def judging_fault(
     by_rule, named = _by_rule(record)
     if named and not has_judge:
         return "matcher 'judge' needs a judge: give judge_base_url and judge_model"
-    return request_fault(by_rule, unanswered=unanswered)
+    return request_fault(by_rule, unanswered=unanswered, table=table)
 
 
 def judge_records(
@@ -115,7 +119,9 @@ class Verifier:
 
     def fault(self, record: Mapping[str, Any], *, unanswered: bool = False) -> str | None:
         """See `judging_fault`."""
-        return judging_fault(record, has_judge=self.judge is not None, unanswered=unanswered)
+        return judging_fault(
+            record, has_judge=self.judge is not None, unanswered=unanswered, table=self.table
+        )
 
     def verdicts(self, asked: Iterable[tuple[Mapping[str, Any], str]]) -> Iterator[Verdict]:
         """The verdicts of (question's record, completion), in order."""

@@ -87,7 +87,10 @@ def _signature_fault(found: Any) -> str | None:
         return f"is a {type(found).__name__} and cannot be called"
     if inspect.iscoroutinefunction(found):
         return "is an async function, which is not supported"
-    parameters = inspect.signature(found).parameters.values()
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except ValueError:  # of a function written in C
+        return "has no signature that can be read"
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return "does not take **columns"
     required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_ONLY]

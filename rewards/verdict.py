@@ -290,10 +290,13 @@ def task_of(
     return Task(completion, answers, matchers, chosen, style, entry.least, entry.same_digits)
 
 
-def request_fault(record: Mapping[str, Any], *, unanswered: bool = False) -> str | None:
+def request_fault(
+    record: Mapping[str, Any], *, unanswered: bool = False, table: DatasetTable | None = None
+) -> str | None:
     """What keeps a question's completions from being judged as it asks for, or None.
 
     unanswered: whether a question without a gold answer will do (nothing is right or wrong then).
+    table: see `task_of`.
 
     >>> request_fault({"matcher": ["psychic"]})[:30]
     "matcher 'psychic' is unknown; "
@@ -301,7 +304,7 @@ def request_fault(record: Mapping[str, Any], *, unanswered: bool = False) -> str
     options = record.get("options")
     answer = record.get("answer", "")
     try:
-        entry = entry_of(record)
+        entry = entry_of(record, table)
         golds = gold_answers(
             answer, entry.matchers if entry else matcher_names(record.get("matcher"))
         )

@@ -216,6 +216,7 @@ def test_functions_by_import_path(own: Path) -> None:
         ("mine:later", "is an async function"),
         ("mine:closed", r"does not take \*\*columns"),
         ("mine:positional", "takes 'prompts' by position only"),
+        ("builtins:max", "has no signature that can be read"),
     ],
 )
 def test_paths_that_lead_nowhere(own: Path, path: str, message: str) -> None:

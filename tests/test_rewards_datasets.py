@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from rewards import VerifierPool, task_of
+from rewards.audit.rollouts import Request, Rollout, parse_line
 from rewards.datasets import load_table
+from rewards.judging import Verifier
 
 MATHS = ("choice", "number", "math", "exact")
 
@@ -207,6 +210,17 @@ def test_who_decides(tmp_path: Path) -> None:
     assert (entry.file, entry.number, entry.why) == (str(path), 1, "ours")
     built_in = task_of({"answer": "9", "dataset": "docvqa_val"}, "9")
     assert (built_in.matchers, built_in.least, built_in.same_digits) == (("anls",), 0.9, True)
+
+
+def test_what_can_be_judged_follows_the_users_table(tmp_path: Path) -> None:
+    """A record is a gold answer where the user's own table says list."""
+    (tmp_path / "mine.yaml").write_text("- {match: bills, matcher: list, why: ours}\n")
+    mine = load_table(tmp_path / "mine.yaml")
+    record = {"answer": {"total": "9.00"}, "dataset": "bills"}
+    assert "neither a text nor a list" in str(Verifier(VerifierPool()).fault(record))
+    assert Verifier(VerifierPool(), table=mine).fault(record) is None
+    line = json.dumps({**record, "completion": "Final answer: total: 9.00"}).encode()
+    assert isinstance(parse_line("f", 1, line, Request(table=mine)), Rollout)
 
 
 ERRORS = [

@@ -131,7 +131,7 @@ def task_for(
     outcome = record.get("outcome")
     if outcome is not None and outcome not in _OUTCOMES:
         raise ValueError(f"outcome {outcome!r} is unknown; one of: {', '.join(_OUTCOMES)}")
-    if fault := request_fault(record):
+    if fault := request_fault(record, table=table):
         raise ValueError(fault)
     return task_of(record, record["completion"], style=style, table=table)
 
