@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from internvl.data import Quarantine, Row
@@ -32,23 +33,19 @@ def verdict_fault(record: dict[str, Any]) -> str | None:
     return None
 
 
-def usable_verdicts(rows: Iterable[Row], quarantine: Quarantine) -> list[dict[str, Any]]:
-    """The verdict records of rows; those that are not whole go to the quarantine."""
-    usable = []
-    for row in rows:
+def usable_groups(rows: Sequence[Row], quarantine: Quarantine) -> Iterator[list[dict[str, Any]]]:
+    """The verdict records of each question, in order of first appearance.
+
+    Those that are not whole are in the quarantine when this returns. Of the others only the numbers
+    are held: a question's are read when its turn comes.
+    """
+    numbers: dict[str, array[int]] = {}
+    for number, row in enumerate(rows):
         if fault := verdict_fault(row.data):
             quarantine.add(row.file, row.line, fault, row.data)
         else:
-            usable.append(row.data)
-    return usable
-
-
-def group_by_question(verdicts: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """id -> its verdicts, questions in order of first appearance."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for verdict in verdicts:
-        groups.setdefault(verdict["id"], []).append(verdict)
-    return groups
+            numbers.setdefault(row.data["id"], array("q")).append(number)
+    return ([rows[number].data for number in group] for group in numbers.values())
 
 
 def golds(record: dict[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ from heapq import heapify, heappop, heappush
 from typing import Any
 
 from internvl.errors import UserError
-from mmpr.groups import JUDGED, golds, group_by_question
+from mmpr.groups import JUDGED, golds
 from mmpr.hashing import stable_hash
 
 LENGTH_RATIOS = (
@@ -314,23 +314,24 @@ def _drop_repeated(pairs: list[dict[str, Any]], report: PairReport) -> list[dict
 
 
 def build_pairs(
-    verdicts: Iterable[dict[str, Any]], config: PairConfig
+    groups: Iterable[list[dict[str, Any]]], config: PairConfig
 ) -> tuple[list[dict[str, Any]], PairReport]:
-    """Preference pairs (MMPR records) from verdict records, and the report on them.
+    """Preference pairs (MMPR records) from the verdict records of each question, and the report.
 
     The same verdicts and seed give the same pairs; a question's correctness pairs do not depend on
     the other questions, but for pairs that another one gives as well.
     """
     report = PairReport()
-    groups = group_by_question(verdicts)
-    drawn = [pair for group in groups.values() for pair in question_pairs(group, config, report)]
+    drawn = []
+    for group in groups:
+        report.questions += 1
+        drawn += question_pairs(group, config, report)
     before = {pair["id"].rpartition("-")[0] for pair in drawn}
     drawn = _drop_repeated(drawn, report)
     repeated = len(before) - len({pair["id"].rpartition("-")[0] for pair in drawn})
     if repeated:
         report.without_pairs["only pairs that another question gives"] += repeated
     pairs = _hold_format_share(drawn, config, report)
-    report.questions = len(groups)
     report.questions_with_pairs = len({pair["id"].rpartition("-")[0] for pair in pairs})
     only_dropped = report.questions - report.questions_with_pairs - report.without_pairs.total()
     if only_dropped:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from internvl.errors import UserError
-from mmpr.groups import JUDGED, group_by_question, strip_rollout
+from mmpr.groups import JUDGED, strip_rollout
 
 BUCKETS = (
     "0", "0-0.1", "0.1-0.2", "0.2-0.3", "0.3-0.4", "0.4-0.5", "0.5-0.6", "0.6-0.7", "0.7-0.8",
@@ -69,16 +69,20 @@ def check_bounds(min_accuracy: float, max_accuracy: float) -> None:
 
 
 def select_questions(
-    verdicts: Iterable[dict[str, Any]], *, min_accuracy: float = 0.2, max_accuracy: float = 0.8
+    groups: Iterable[list[dict[str, Any]]],
+    *,
+    min_accuracy: float = 0.2,
+    max_accuracy: float = 0.8,
 ) -> tuple[list[dict[str, Any]], SelectReport]:
     """The question records whose accuracy lies in [min_accuracy, max_accuracy], and a report.
 
+    groups: the verdict records of each question.
     Raises UserError for bounds that no accuracy can meet.
     """
     check_bounds(min_accuracy, max_accuracy)
     report = SelectReport()
     selected = []
-    for group in group_by_question(verdicts).values():
+    for group in groups:
         report.questions += 1
         value = accuracy(group)
         if value is None:

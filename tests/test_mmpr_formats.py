@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 from collections import Counter
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +64,24 @@ def verdicts(tmp_path: Path) -> Path:
 # ---------------------------------------------------------------- which pairs
 
 
+def grouped(verdicts: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The verdicts of each question, which stand together."""
+    return [list(group) for _, group in groupby(verdicts, key=itemgetter("id"))]
+
+
 def test_the_same_pair_of_two_questions_is_written_once() -> None:
     rows = [
         verdict(qid, right, f"It is {right}.", n) | {"question": "?", "image": "a.png"}
         for qid in ("p", "q")
         for n, right in enumerate((True, False))
     ]
-    pairs, report = build_pairs(rows, PairConfig())
+    pairs, report = build_pairs(grouped(rows), PairConfig())
     assert [one["id"] for one in pairs] == ["p-0"]
     assert report.left_out == {"the same pair as another question's": 1}
     assert report.without_pairs == {"only pairs that another question gives": 1}
     for row in rows[2:]:
         row["image"] = "b.png"
-    assert len(build_pairs(rows, PairConfig())[0]) == 2
+    assert len(build_pairs(grouped(rows), PairConfig())[0]) == 2
 
 
 def question(right: list[int], wrong: list[int]) -> list[dict[str, Any]]:
@@ -86,13 +93,13 @@ def question(right: list[int], wrong: list[int]) -> list[dict[str, Any]]:
 
 def test_balance_length_takes_replies_of_like_length() -> None:
     rows = question([10, 50, 90], [11, 48, 95, 400])
-    pairs, report = build_pairs(rows, PairConfig(max_pairs=3, balance_length=True))
+    pairs, report = build_pairs(grouped(rows), PairConfig(max_pairs=3, balance_length=True))
     lengths = [(len(one["chosen"]), len(one["rejected"])) for one in pairs]
     assert sorted(lengths) == [(10, 11), (50, 48), (90, 95)]
     assert report.as_dict()["chosen_over_rejected_length"] == {
         **dict.fromkeys(report.differences, 0), "0.8-1": 2, "1-1.25": 1
     }  # fmt: skip
-    drawn = [build_pairs(rows, PairConfig(max_pairs=3, seed=seed))[0] for seed in range(9)]
+    drawn = [build_pairs(grouped(rows), PairConfig(max_pairs=3, seed=seed))[0] for seed in range(9)]
     assert max(len(one["rejected"]) for others in drawn for one in others) == 400
 
 

@@ -1,6 +1,8 @@
 """mmpr's pure functions: verdicts of rollouts, pairs in MMPR's format, selection for RL."""
 
 from collections import Counter
+from itertools import groupby
+from operator import itemgetter
 
 import pytest
 from hypothesis import given, settings
@@ -42,6 +44,13 @@ def test_judged_record():
     assert again["outcome"] == "correct" and "reason" not in again
 
 
+@pytest.mark.parametrize("answer", ["", [" "]])
+def test_without_a_gold_answer_nothing_is_missing_from_a_completion(answer):
+    record = judged(rollout("A dog on the lawn.", answer=answer))
+    assert (record["outcome"], record["score"]) == ("cannot_judge", None)
+    assert record["reason"] == "the question has no gold answer"
+
+
 def test_a_completion_that_was_cut_off_did_not_follow_the_format():
     record = judged(rollout("Final Answer: 9", finish_reason="length"))
     assert (record["outcome"], record["format_ok"]) == ("correct", False)
@@ -58,6 +67,11 @@ def test_the_questions_own_matcher_survives():
 
 
 # pair
+
+
+def grouped(verdicts):
+    """The verdicts of each question, which stand together."""
+    return [list(group) for _, group in groupby(verdicts, key=itemgetter("id"))]
 
 
 def verdict(outcome, text, qid="q", extracted="1", format_ok=True, **more):
@@ -81,7 +95,7 @@ def test_pair_is_mmprs_record():
         verdict("correct", "so 9", extracted="9", image=["a.png", "b.png"], answer=["9", "nine"]),
         verdict("wrong", "so 1", extracted="1", image=["a.png", "b.png"], answer=["9", "nine"]),
     ]
-    pairs, report = build_pairs(verdicts, PairConfig())
+    pairs, report = build_pairs(grouped(verdicts), PairConfig())
     assert pairs == [
         {
             "id": "q-0", "image": ["a.png", "b.png"], "question": "?", "chosen": "so 9",
@@ -110,7 +124,7 @@ def test_pair_is_mmprs_record():
     ],
 )
 def test_questions_that_give_no_pair(verdicts, reason):
-    pairs, report = build_pairs(verdicts, PairConfig())
+    pairs, report = build_pairs(grouped(verdicts), PairConfig())
     assert pairs == []
     assert report.without_pairs == {reason: 1}
 
@@ -122,7 +136,7 @@ def test_what_cannot_be_judged_is_never_in_a_pair():
         verdict("timeout", "slow"),
         verdict("correct", "sloppy", format_ok=False),
     ]
-    pairs, _ = build_pairs(verdicts, PairConfig(max_format_share=1))
+    pairs, _ = build_pairs(grouped(verdicts), PairConfig(max_format_share=1))
     texts = {text for pair in pairs for text in (pair["chosen"], pair["rejected"])}
     assert texts == {"q right 0", "q wrong 0"}
 
@@ -130,15 +144,15 @@ def test_what_cannot_be_judged_is_never_in_a_pair():
 def test_format_pairs_keep_to_their_share():
     verdicts = [row for i in range(20) for row in question(f"q{i}", 2, 1, 5)]
     for share, expected in [(0.0, 0), (0.2, 10), (0.5, 40), (1.0, 200)]:
-        _, report = build_pairs(verdicts, PairConfig(max_format_share=share))
+        _, report = build_pairs(grouped(verdicts), PairConfig(max_format_share=share))
         assert (report.correctness, report.format) == (40, expected), share
-    _, report = build_pairs(verdicts, PairConfig(format_negatives=False))
+    _, report = build_pairs(grouped(verdicts), PairConfig(format_negatives=False))
     assert (report.correctness, report.format) == (40, 0)
 
 
 def test_a_wrong_answer_that_was_cut_off_is_a_format_negative():
     verdicts = [*question("q", 1, 1), verdict("wrong", "Final Answer: 1", finish_reason="length")]
-    pairs, _ = build_pairs(verdicts, PairConfig())
+    pairs, _ = build_pairs(grouped(verdicts), PairConfig())
     assert [(pair["rejected"], pair["kind"]) for pair in pairs] == [
         ("q wrong 0", "correctness"),
         ("Final Answer: 1", "format"),
@@ -148,7 +162,7 @@ def test_a_wrong_answer_that_was_cut_off_is_a_format_negative():
 def test_duplicates_count_once():
     verdicts = [verdict("correct", f"so 9{' ' * i}", extracted="9") for i in range(5)]
     verdicts += [verdict("wrong", "so 1") for _ in range(5)]
-    pairs, report = build_pairs(verdicts, PairConfig())
+    pairs, report = build_pairs(grouped(verdicts), PairConfig())
     assert len(pairs) == 1 and report.left_out["duplicate completion"] == 8
 
 
@@ -160,8 +174,8 @@ def test_duplicates_count_once():
 def test_pairs_are_distinct_even_and_repeatable(correct, wrong, limit, seed):
     verdicts = question("q", correct, wrong)
     config = PairConfig(max_pairs=limit, seed=seed)
-    pairs, report = build_pairs(verdicts, config)
-    assert build_pairs(verdicts, config)[0] == pairs
+    pairs, report = build_pairs(grouped(verdicts), config)
+    assert build_pairs(grouped(verdicts), config)[0] == pairs
     assert len(pairs) == min(limit, correct * wrong)
     assert len({(pair["chosen"], pair["rejected"]) for pair in pairs}) == len(pairs)
     for side, number in (("chosen", correct), ("rejected", wrong)):
@@ -172,10 +186,12 @@ def test_pairs_are_distinct_even_and_repeatable(correct, wrong, limit, seed):
 
 
 def test_other_questions_do_not_change_a_questions_pairs():
-    alone, _ = build_pairs(question("q", 4, 6), PairConfig(max_pairs=3))
-    among, _ = build_pairs(question("p", 3, 3) + question("q", 4, 6), PairConfig(max_pairs=3))
+    alone, _ = build_pairs(grouped(question("q", 4, 6)), PairConfig(max_pairs=3))
+    among, _ = build_pairs(
+        grouped(question("p", 3, 3) + question("q", 4, 6)), PairConfig(max_pairs=3)
+    )
     assert [pair for pair in among if pair["id"].startswith("q-")] == alone
-    other, _ = build_pairs(question("q", 4, 6), PairConfig(max_pairs=3, seed=1))
+    other, _ = build_pairs(grouped(question("q", 4, 6)), PairConfig(max_pairs=3, seed=1))
     assert other != alone
 
 
@@ -205,7 +221,7 @@ def test_select():
     verdicts = [row for n in range(6) for row in question(f"q{n}", n, 5 - n)]
     verdicts += [verdict("cannot_judge", "a", "u")]
     verdicts += [*question("j", 1, 1), verdict("timeout", "b", "j")]  # 1 of 2 judged
-    selected, report = select_questions(verdicts)
+    selected, report = select_questions(grouped(verdicts))
     assert [row["id"] for row in selected] == ["q1", "q2", "q3", "q4", "j"]
     assert selected[0] == {"id": "q1", "question": "?", "answer": "9"}
     counts = (report.questions, report.selected, report.too_hard, report.too_easy)
@@ -215,4 +231,4 @@ def test_select():
     }  # fmt: skip
     assert accuracy([verdict("timeout", "a")]) is None
     with pytest.raises(UserError, match=r"bounds are 0.8 and 0.2"):
-        select_questions(verdicts, min_accuracy=0.8, max_accuracy=0.2)
+        select_questions(grouped(verdicts), min_accuracy=0.8, max_accuracy=0.2)

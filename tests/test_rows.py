@@ -219,7 +219,7 @@ def test_the_system_prompt_reaches_sampler_and_trainer(folder: Path, tiny_model:
 
     verdict = {**row.data, "sample": 0, "completion": "x", "outcome": "correct", "extracted": "3"}
     wrong = {**verdict, "sample": 1, "completion": "y", "outcome": "wrong", "extracted": "4"}
-    (pair,), _ = build_pairs([{**v, "format_ok": True} for v in (verdict, wrong)], PairConfig())
+    (pair,), _ = build_pairs([[{**v, "format_ok": True} for v in (verdict, wrong)]], PairConfig())
     assert pair["system"] == SYSTEM
 
 

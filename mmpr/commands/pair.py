@@ -22,7 +22,7 @@ from mmpr.commands.shared import (
     share,
     tell_bad,
 )
-from mmpr.groups import usable_verdicts
+from mmpr.groups import usable_groups
 from mmpr.pairs import PairConfig, PairReport, build_pairs
 
 
@@ -75,11 +75,11 @@ def run(args: argparse.Namespace) -> None:
         args.verdicts, kind="verdict", quarantine=quarantine, image_root=args.image_root
     )
     bad_before = quarantine.count
-    verdicts = usable_verdicts(rows, quarantine)
+    groups = usable_groups(rows, quarantine)
     quarantine.check(len(rows) + bad_before)
     if args.meta is not None:
         require_images(rows)
-    pairs, report = build_pairs(verdicts, config)
+    pairs, report = build_pairs(groups, config)
     write_pairs(args, pairs, args.image_root or input_folder(args.verdicts), quarantine)
     write_json(beside(args.output, ".stats.json"), report.as_dict())
     _print_pairs(args.output, report)

@@ -15,7 +15,7 @@ from mmpr.commands.shared import (
     tell_bad,
     tell_image_root,
 )
-from mmpr.groups import usable_verdicts
+from mmpr.groups import usable_groups
 from mmpr.select import SelectReport, check_bounds, select_questions
 
 
@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> None:
     quarantine = open_quarantine(args)
     rows = read_rows(args.verdicts, kind="verdict", quarantine=quarantine)
     bad_before = quarantine.count
-    verdicts = usable_verdicts(rows, quarantine)
+    groups = usable_groups(rows, quarantine)
     quarantine.check(len(rows) + bad_before)
     selected, report = select_questions(
-        verdicts, min_accuracy=args.min_accuracy, max_accuracy=args.max_accuracy
+        groups, min_accuracy=args.min_accuracy, max_accuracy=args.max_accuracy
     )
     write_jsonl(args.output, selected)
     write_json(beside(args.output, ".stats.json"), report.as_dict())
