@@ -57,7 +57,16 @@ def test_rules_need_no_process_and_do_not_wait_for_one(fake):
         for _ in range(100):
             assert next(verdicts).outcome == "correct"
         assert pool.counters.starts == 0 and len(taken) == 100  # nothing is taken ahead in vain
-        thread = threading.Timer(1, lambda: os.kill(pool.process_ids[1], signal.SIGKILL))
+
+        def kill() -> None:  # when the rules have gone as far as they may
+            end = time.monotonic() + 60
+            while (len(taken), pool.counters.compared) < (100 + MAX_AHEAD, 1):
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            time.sleep(0.2)  # and no further
+            os.kill(pool.process_ids[1], signal.SIGKILL)
+
+        thread = threading.Thread(target=kill)
         thread.start()
         assert next(verdicts).outcome == "cannot_judge"
         assert len(taken) == 100 + MAX_AHEAD  # what was judged meanwhile is bounded
