@@ -194,6 +194,21 @@ def gold_answers(answer: object, matchers: Sequence[str] = ()) -> tuple[str, ...
     return tuple(gold for item in answer for gold in gold_answers(item, matchers))
 
 
+def option_texts(options: object) -> tuple[str, ...] | None:
+    """The options of a question as a task holds them; None for none.
+
+    Raises ValueError for anything but a list of texts.
+
+    >>> option_texts(["Paris", "London"])
+    ('Paris', 'London')
+    """
+    if options is None:
+        return None
+    if not isinstance(options, list | tuple) or not all(isinstance(text, str) for text in options):
+        raise ValueError(f"options {options!r} is not a list of texts")
+    return tuple(options)
+
+
 def plan_comparisons(task: Task) -> Plan:
     """Read a completion's final answer and say what it is to be compared with."""
     pairs = [
@@ -284,7 +299,7 @@ def task_of(
         # a list in a question is not always one of options: then the gold answer is none of them
         if listed and all(names_option(gold, listed) for gold in answers):
             options = listed
-    chosen = None if options is None else tuple(options)
+    chosen = option_texts(options)
     if entry is None:
         return Task(completion, answers, matchers, chosen, style)
     return Task(completion, answers, matchers, chosen, style, entry.least, entry.same_digits)
@@ -312,8 +327,8 @@ def request_fault(
         return str(error)
     if not unanswered and not any(gold.strip() for gold in golds):
         return "field 'answer' is empty: there is nothing to judge completions by"
-    if options is not None and not (
-        isinstance(options, list) and all(isinstance(item, str) for item in options)
-    ):
+    try:
+        option_texts(options)
+    except ValueError:
         return "field 'options' is not a list of strings"
     return None

@@ -32,6 +32,7 @@ MARKED: list[Case] = [
     ("**Final Answer**\n\n42", "42", "final", True),
     ("## Final Answer\n**42**", "42", "final", True),
     ("**Final Answer** 42", "42", "final", True),
+    ("Final Answer: A (or B)", "A (or B)", "final", True),
     ("**Final Answer: 42.** ✅", "42", "final", True),
     ("Final Answer: `42` ✅", "42", "final", True),
     ("Final Answer: $\\$42$", "\\$42", "final", True),

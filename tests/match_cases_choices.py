@@ -116,6 +116,8 @@ CHOICE_OF = [
     ("B", "London, because it is not Paris", CITIES, 1),
     ("B", "not London, because it is Paris", CITIES, 0),
     ("B", "Paris or London, because ..", CITIES, 0),
+    ("A", "A. B. C.", CITIES, 0),
+    ("A", "A (or B)", CITIES, 0),
     ("B", "B. Paris", CITIES, 0),  # letter against text
     ("B", "B (Paris)", CITIES, 0),
     ("B", "B. London or Paris", CITIES, 0),

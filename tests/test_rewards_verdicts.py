@@ -196,3 +196,15 @@ def test_the_prompts_style_is_the_extractions():
 def test_a_line_that_is_an_option_answers_a_multiple_choice_question(completion, gold, outcome):
     verdict = verify(completion, gold, options=["Paris", "London"])
     assert (verdict.outcome, verdict.format_ok) == (outcome, False)
+
+
+@pytest.mark.parametrize("options", ["AB", {"A": "Paris"}, ["Paris", 1], 5])
+def test_options_that_are_no_texts_are_said(options):
+    with pytest.raises(ValueError, match="is not a list of texts"):
+        verify("B", "B", options=options)
+
+
+@pytest.mark.parametrize("completion", [None, 9, b"Final answer: 9"])
+def test_a_completion_that_is_no_text_is_said(completion):
+    with pytest.raises(ValueError, match="is no text"):
+        verify(completion, "9")

@@ -21,7 +21,7 @@ _BEFORE_HEADING = re.compile(
     r"[ \t>#*_`-]*(?:(?:step )?\d{1,2}[.:)] ?)?[*_]*(?:the |最终|最終|最后的?|正确)?"
 )
 _LETTER_AND_TEXT = re.compile(
-    r"(?:[Oo]ption\s)?(\(?[A-Z]\)?)(?:\s?[(（][^()（）]{1,200}[)）]"
+    r"(?:[Oo]ption\s)?(\(?[A-Z]\)?)(?:\s?[(（](?!\s?(?:(?:or|and|not|maybe)\b|或|和))[^()（）]{1,200}[)）]"
     r"|\s?(?:is|是)\s?(?:the\s)?(?:correct|right|正确)(?:的|\sanswer|\soption|\schoice|答案)?)"
 )
 _MAX_EMPTY_MARKERS = 16

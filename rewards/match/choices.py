@@ -41,7 +41,10 @@ _TEXT_FIRST = re.compile(
 )
 _SPACED = re.compile(r"([A-Z]) (\S.*)", re.DOTALL)  # "B London"
 _OTHERS = re.compile(r"(?<![A-Za-z'’.])[A-HJ-Z](?![A-Za-z'’])")  # I is a word
-_HEDGE = re.compile(r"\b(?:or|and|或)\s{0,3}[(\[]?[A-Z](?![A-Za-z])|^\s{0,3}[/&,]\s{0,3}[A-Z]\b")
+_HEDGE = re.compile(
+    r"\b(?:or|and|或)\s{0,3}[(\[]?[A-Z](?![A-Za-z])|^\s{0,3}[/&,]\s{0,3}[A-Z]\b"
+    r"|^[A-Z](?:[.,:、)\s]{1,3}[A-Z]){1,9}[.)]?$"  # "A. B. C."
+)
 _OR = re.compile(r"\s{1,9}or\s{1,9}|\s{0,9}[/或]\s{0,9}")
 _SEPARATORS = re.compile(r"\s{0,9}(?:[,;、/&+]|\band\b|和|与|及)\s{0,9}(?:and\b\s{0,3})?|\s{1,9}")
 _RUN = re.compile(r"[A-Z]{2,26}|[a-z]{2,26}")

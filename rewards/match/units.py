@@ -112,10 +112,10 @@ def read_unit(text: str, *, known_only: bool = False, classifier: bool = False) 
     """
     if not text:
         return ""
+    if text in "aMGSHTBD":  # "5a", "5G", "12D": a label, not amperes or grams
+        return None
     if text in _UNITS:
         return _UNITS[text]
-    if text in "MGSHTBD":  # "5G", "12D": the symbols of units are small letters
-        return None
     words = text.casefold().rstrip(".").split()
     joined = "".join(words)
     if joined in _UNITS:

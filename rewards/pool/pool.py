@@ -28,6 +28,7 @@ from rewards.verdict import (
     conclude,
     gold_answers,
     matcher_names,
+    option_texts,
     plan_comparisons,
 )
 
@@ -252,7 +253,8 @@ def verify(
     matcher: one of `MATCHERS`, or several of which one must accept; None chooses by the gold
     answer (`choose_matcher`). options: the texts of a multiple-choice question, in order. style:
     one of `extract.STYLES`.
-    Raises ValueError for an unknown matcher or style, or an empty list of answers.
+    Raises ValueError for an unknown matcher or style, an empty list of answers, options or a
+    completion that are no texts.
 
     >>> verify("The answer must be 5. Final answer: 15", "5").outcome
     <Outcome.WRONG: 'wrong'>
@@ -260,6 +262,7 @@ def verify(
     True
     """
     names = matcher_names(matcher)
-    chosen = None if options is None else tuple(options)
-    task = Task(completion, gold_answers(answer, names), names, chosen, style)
+    if not isinstance(completion, str):
+        raise ValueError(f"completion {completion!r} is no text")
+    task = Task(completion, gold_answers(answer, names), names, option_texts(options), style)
     return shared_pool().judge(task)
