@@ -238,8 +238,9 @@ print(queue.get(timeout=60))
 
 
 HANGS = """
+import signal
 from rewards import VerifierPool, Task
-import threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 pool = VerifierPool(limit={limit})
 task = lambda text: Task(f"Final answer: {{text}}", ("3",), ("math",))
 pool.judge(task("a = 3"))
