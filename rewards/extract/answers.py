@@ -222,7 +222,7 @@ def answer_after(rest: str) -> tuple[str, bool]:
             return "", False
         strip = peel_line
     rest = rest.lstrip()
-    if rest.startswith(_BLOCKS) and (block := _block(rest, bullets=strip is peel_line)):
+    if rest.startswith(_BLOCKS) and (block := _block(rest)):
         return block
     if "nswer" in line and (lead := _LEAD.match(line)):
         line = line[lead.end() :]
@@ -233,7 +233,7 @@ def answer_after(rest: str) -> tuple[str, bool]:
     return strip(answer), bool(explanation) or has_more(tail)
 
 
-def _block(rest: str, *, bullets: bool) -> tuple[str, bool] | None:
+def _block(rest: str) -> tuple[str, bool] | None:
     """An answer of several lines, and whether anything follows it; None for a plain line."""
     if rest.startswith("```"):
         body, tail = _fence(rest)
@@ -247,7 +247,7 @@ def _block(rest: str, *, bullets: bool) -> tuple[str, bool] | None:
         if end is None or "\n" not in rest[:end]:
             return None
         return clean(rest[:end]), has_more(rest[end:])
-    return _lines(rest) if bullets and rest[0] in "|-+*•>1" else None
+    return _lines(rest)
 
 
 def _lines(rest: str) -> tuple[str, bool] | None:
