@@ -24,7 +24,7 @@ from internvl.thumbnails import Thumbnail
 from mmpr.columns import Columns
 from mmpr.listing import Listing
 from mmpr.stats import summarise
-from mmpr.view_cards import ONLY, Card, PictureSettings, make_card
+from mmpr.view_cards import ONLY, Broken, Card, PictureSettings, make_card
 from mmpr.view_charts import HEIGHT, WIDTH, Chart, categories, histogram
 from mmpr.view_draw import draw_evenly, item_rows, item_sorts
 from mmpr.view_marks import visible
@@ -68,10 +68,13 @@ def refuse_kind(listing: Listing) -> None:
         )
 
 
-def write_page(listing: Listing, columns: Columns, output: Path, config: ViewConfig) -> int:
-    """Write the page of a set and return how many items it shows; the same set, the same bytes.
+def write_page(
+    listing: Listing, columns: Columns, output: Path, config: ViewConfig
+) -> tuple[int, str]:
+    """Write the page of a set; the same set, the same bytes.
 
-    columns: of the whole listing, of a kind that `refuse_kind` lets pass.
+    Returns how many items it shows, and why the first picture of it that cannot be shown cannot be
+    (or ""). columns: of the whole listing, of a kind that `refuse_kind` lets pass.
     """
     sorts = item_sorts(columns)
     items = draw_evenly(sorts, config.max_rows, config.seed)
@@ -87,7 +90,8 @@ def write_page(listing: Listing, columns: Columns, output: Path, config: ViewCon
         # a data set's name, say, may hold half a surrogate pair, which no file can
         file.writelines(part.encode("utf-8", "backslashreplace").decode() for part in page)
     partial.replace(output)
-    return len(cards)
+    broken = (one.reason for card in cards for one in card.pictures if isinstance(one, Broken))
+    return len(cards), next(broken, "")
 
 
 def _make_cards(

@@ -240,13 +240,19 @@ def test_verdicts_are_grouped_by_question(folder: Path, tmp_path: Path) -> None:
     assert "41.7% accuracy" in said and "45.5% correct" in said and "4.5% timeout" in said
 
 
-def test_questions_and_rollouts_have_pages_too(folder: Path, tmp_path: Path) -> None:
+def test_questions_and_rollouts_have_pages_too(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     question = {"id": "q", "question": "Which?", "answer": "B", "matcher": "choice"}
     rollout = {**question, "sample": 0, "completion": "", "finish_reason": "length"}
     page = view(write(tmp_path / "q.jsonl", [question]), tmp_path / "q.html")
     assert "Which?" in page.cards[0]["text"] and "any matcher" in page.said
     page = view(write(tmp_path / "r.jsonl", [rollout]), tmp_path / "r.html")
     assert "(empty)" in page.cards[0]["text"] and "any finish reason" in page.said
+    assert "picture" not in capsys.readouterr().out
+    view(write(tmp_path / "n.jsonl", [question | {"image": "nowhere.png"}]), tmp_path / "n.html")
+    told = capsys.readouterr().out
+    assert "nowhere.png: no such image); paths start at --image-root" in told
     table = [{**pair("p"), "image": {"bytes": encoded(5), "path": None}}]
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "p.parquet")
     assert "30 x 20 px" in view(tmp_path / "p.parquet", tmp_path / "p.html").cards[0]["text"]

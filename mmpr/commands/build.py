@@ -15,6 +15,7 @@ from mmpr.commands.shared import open_quarantine, told_to_the_user
 from mmpr.following import FollowingVerifier
 from mmpr.hashing import stable_hash
 from mmpr.recipe import Recipe, read_recipe
+from mmpr.resumable import naming_the_file
 from mmpr.verify import VerifyReport
 from rewards.judging_options import make_verifier
 
@@ -129,7 +130,8 @@ class _Build:
                         f"{self.recipe.file}: {key} is {value!r} now, but {self.recipe.output} was "
                         f"begun with {found.get(key)!r}; give another --output"
                     )
-        write_json(path, wanted)
+        with naming_the_file(path):
+            write_json(path, wanted)
 
     def _options_of(self, name: str, *more: str) -> Any:
         """The arguments of a command that comes after the verdicts."""

@@ -39,10 +39,12 @@ def run(args: argparse.Namespace) -> None:
     listing = open_listing(args.file, args.image_root)
     refuse_kind(listing)
     columns = read_columns(listing, Quarantine(None, math.inf))  # a page tells of every bad row
-    shown = write_page(listing, columns, args.output, config)
+    shown, broken = write_page(listing, columns, args.output, config)
     size = args.output.stat().st_size / 1e6
     noun = "questions" if listing.kind in ("rollout", "verdict") else f"{listing.kind}s"
     print(f"{args.output}: {shown:,} {noun} shown, {size:.1f} MB; open it in a browser")
+    if broken:
+        print(f"not every picture can be shown ({broken}); paths start at --image-root")
     if columns.bad_rows:
         print(
             f"{columns.bad_rows} bad row(s), named on the page; the first: {columns.bad_reasons[0]}"
