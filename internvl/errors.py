@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -32,6 +34,12 @@ def cli_guard(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {_in_one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        # `| head` has seen enough; what is still buffered must not fail at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE:
             raise
@@ -40,6 +48,13 @@ def cli_guard(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; start the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    poller = select.poll()
+    poller.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poller.poll(0))
 
 
 def _in_one_line(error: UserError) -> str:

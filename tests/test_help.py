@@ -128,3 +128,18 @@ def test_a_stage_under_accelerate(stage: str, tmp_path: Path) -> None:
     ended = run("-m", "accelerate.commands.launch", *LAUNCH, "-m", stage, *words)
     assert ended.returncode == 1  # the launcher's own; the stage's is 2
     assert ended.stderr == f"error: --config {tmp_path}/none.yaml: no such file\n"
+
+
+def test_a_reader_that_has_seen_enough():
+    """`mmpr stats ... | head` ends without a traceback, as other tools do."""
+    code = (
+        "import sys\nfrom internvl.errors import cli_guard\n"
+        "cli_guard(lambda: [print('line ' * 1000) for _ in range(1000)])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141

@@ -108,8 +108,8 @@ def _answer() -> None:
     """The process of `_parsed`: a text on stdin, the expressions on stdout."""
     import resource
 
-    from rewards.match.maths import _parse
+    from rewards.match.maths import parse_expressions
 
     resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
-    found = [str(item) for item in _parse(json.load(sys.stdin))]
+    found = [str(item) for item in parse_expressions(json.load(sys.stdin))]
     print(json.dumps(list(dict.fromkeys(found))))

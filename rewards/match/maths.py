@@ -93,7 +93,7 @@ def _parse_latex(latex: str) -> list[Any]:
     return found
 
 
-def _parse(text: str) -> list[Any]:
+def parse_expressions(text: str) -> list[Any]:
     """What an answer is read as, [] for prose or what does not parse."""
     ready = as_latex(text)
     return [] if ready is None else _parse_latex(ready[0])
