@@ -114,6 +114,8 @@ def _read_yaml(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         return yaml.load(text, Loader)  # a SafeLoader: plain data only
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f":{mark.line + 1}" if mark else ""

@@ -49,28 +49,23 @@ def main() -> None:
     )
     from internvl.sampler import choose_backend, open_sampler
     from rewards import VerifierPool
-    from rewards.judging import Verifier, judging_fault
-    from rl.rewarding import check_asked, check_judge, make_judge, make_terms
+    from rl.rewarding import check_asked, check_judge, make_terms, make_verifier
     from rl.trainer import RLTrainer
     from training.stage import check_files, open_stage, save_config
 
     check_files(args.train_file)
     make_terms(args)  # an error now, and not when the model is loaded
-    judge = make_judge(args)
-    if judge is not None:
-        check_judge(judge)
+    verifier = make_verifier(args, VerifierPool(args.verifier_workers, limit=args.verifier_limit))
+    if verifier.judge is not None:
+        check_judge(verifier.judge)
     backend = choose_backend(Path(model_args.model_name_or_path), args.sampler)
     stage = open_stage(model_args, args)
     rows = stage.rows(
         *(args.train_file, "question"),
         room=args.max_completion_length,
-        record_fault=partial(
-            judging_fault,
-            has_judge=judge is not None,
-            unanswered="accuracy" not in args.reward_funcs,
-        ),
+        record_fault=partial(verifier.fault, unanswered="accuracy" not in args.reward_funcs),
     )
-    check_asked(judge, args, rows)
+    check_asked(verifier.judge, args, rows)
     longest = max(stage.encoder.length(row, "question") for row in rows)
     sampler = open_sampler(
         model_args.model_name_or_path,
@@ -80,8 +75,7 @@ def main() -> None:
         dtype="bfloat16" if args.bf16 else model_args.dtype,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
     )
-    pool = VerifierPool(args.verifier_workers, limit=args.verifier_limit)
-    with Verifier(pool, judge, args.judge_when) as verifier:
+    with verifier:
         trainer = RLTrainer(
             model=stage.model,
             args=args,

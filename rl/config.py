@@ -70,6 +70,13 @@ class RLConfig(JudgeOptions, PackedTrainingArguments):
         default=DEFAULT_LIMIT,
         metadata={"help": "Seconds of one comparison; then its outcome is timeout, no reward."},
     )
+    datasets: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML: matchers by data set, looked at before the built-in table; the one "
+            "that `mmpr verify` was given."
+        },
+    )
     sampler: str = field(
         default="auto", metadata={"help": "'vllm', 'transformers', or 'auto': vLLM where it is."}
     )

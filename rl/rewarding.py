@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from internvl.data import Row
 from internvl.errors import UserError
 from internvl.sampler import Completion
-from rewards import Verdict
+from rewards import Verdict, VerifierPool, load_table
 from rewards.functions import (
     BUILT_IN,
     RewardFunction,
@@ -21,7 +22,7 @@ from rewards.functions import (
     repetition_reward,
 )
 from rewards.judge import Judge
-from rewards.judging import names_judge
+from rewards.judging import Verifier, names_judge
 from rewards.loading import OURS, RewardError, call_reward, check_columns, load_reward
 from rl.config import RLConfig
 
@@ -58,10 +59,11 @@ def _function_of(entry: str, args: RLConfig) -> RewardFunction:
     return {"accuracy": accuracy_reward, "format": format_reward}.get(entry) or load_reward(entry)
 
 
-def make_judge(args: RLConfig) -> Judge | None:
-    """The judge that the options name, or None; raises `UserError` for one that cannot be."""
+def make_verifier(args: RLConfig, pool: VerifierPool) -> Verifier:
+    """Rules, table and judge as the options say; `UserError` for what cannot be honoured."""
     try:
-        return args.open_judge()
+        table = None if args.datasets is None else load_table(Path(args.datasets))
+        return Verifier(pool, args.open_judge(), args.judge_when, table=table)
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -27,11 +27,10 @@ from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
 from internvl.sampler import NO_V2PE, Sampler, SamplingConfig
 from rewards import Outcome
-from rewards.judging import Verifier
 from rewards.pool import shared_pool
 from rl.config import RLConfig
 from rl.losses import gspo_loss, gspo_terms, sequence_ratios
-from rl.rewarding import Rewarder, Verify, make_judge, make_terms
+from rl.rewarding import Rewarder, Verify, make_terms, make_verifier
 from rl.rollouts import Group, RolloutMaker, RolloutSettings
 from training.batches import STEP_BATCH, StepBatch
 from training.metrics import Metrics
@@ -98,7 +97,7 @@ class RLTrainer(PackedTrainer):
             scale_rewards=args.scale_rewards,
         )
         if verify is None:
-            verify = Verifier(shared_pool(), make_judge(args), args.judge_when).verdicts
+            verify = make_verifier(args, shared_pool()).verdicts
         rewarder = Rewarder(train_dataset, make_terms(args), verify)
         self.maker = RolloutMaker(train_dataset, sampler, settings, rewarder)
 

@@ -32,7 +32,7 @@ from rewards.functions import RewardTerm, accuracy_reward, format_reward
 from rewards.judging import Verifier
 from rewards.loading import load_reward
 from rl.config import RLConfig
-from rl.rewarding import Rewarder, check_judge, make_judge
+from rl.rewarding import Rewarder, check_judge, make_verifier
 from training.metrics import Metrics
 
 OWN = """
@@ -293,11 +293,26 @@ def test_a_run_with_a_judge(
         server.answers = [fails(400)]
         _, first = roll_out(tiny_model, tmp_path / "ill", rows, **given)
         assert first["outcomes/cannot_judge"] == 4 / 16
-        judge = make_judge(RLConfig(**COMMON, output_dir=str(tmp_path), max_steps=1, **given))
+        args = RLConfig(**COMMON, output_dir=str(tmp_path), max_steps=1, **given)
+        judge = make_verifier(args, VerifierPool()).judge
         assert judge is not None
         with pytest.raises(UserError, match=r"judge_base_url http://127\..*, model m: judge: HTTP"):
             check_judge(judge)
         judge.close()
+
+
+def test_a_table_of_ones_own_is_the_one_of_mmpr_verify(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("- {match: bills, matcher: list, why: three fields}\n")
+
+    def verifier(file: str) -> Verifier:
+        args = RLConfig(**COMMON, output_dir=str(tmp_path), max_steps=1, datasets=file)
+        return make_verifier(args, VerifierPool())
+
+    asked = {"dataset": "bills", "answer": "a, b"}, "Final answer: b, a"
+    (verdict,) = verifier(str(tmp_path / "mine.yaml")).verdicts([asked])
+    assert (verdict.outcome, verdict.matcher) == ("correct", "list")
+    with pytest.raises(UserError, match=r"other\.yaml: No such file"):
+        verifier(str(tmp_path / "other.yaml"))
 
 
 def test_deviations_are_exact_over_parts() -> None:
