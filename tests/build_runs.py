@@ -1,4 +1,4 @@
-"""`mmpr build` in a process of its own, with a sampler that is slow and knows no model.
+"""`mmpr build` in a process of its own, by a slow sampler without a model, or by a real one.
 
 The fork server has everything imported, so a start costs a fraction of a second. What kills it is a
 real SIGKILL after some seconds.
@@ -20,6 +20,8 @@ from internvl.sampler import Completion
 from mmpr.hashing import stable_hash
 
 SECONDS = 120  # more is a hang
+PRELOAD = ["mmpr.cli", "mmpr.sample", "internvl.sampler", "yaml"]
+ENGINE = ["torch", "transformers", "internvl.hf_sampler"]
 FORMULAS = ("\\frac{1}{2}", "\\sqrt{4}", "x^2", "9")
 
 
@@ -56,14 +58,37 @@ class SeededSampler:
         pass
 
 
-def _child(recipe: Path, asked: Path, pause: float, log: Path) -> None:
+class Listed:
+    """A real sampler that says in `asked` what it was asked."""
+
+    def __init__(self, sampler: Any, asked: Path):
+        self.sampler, self.asked, self.name = sampler, asked, sampler.name
+
+    def stream(self, requests: Iterable[Any], config: Any, **more: Any) -> Any:
+        return self.sampler.stream(self._listed(requests), config, **more)
+
+    def _listed(self, requests: Iterable[Any]) -> Iterator[Any]:
+        for request in requests:
+            with self.asked.open("a") as out:
+                out.write(f"{request.seed}\n")
+            yield request
+
+    def close(self) -> None:
+        self.sampler.close()
+
+
+def _child(recipe: Path, asked: Path, pause: float | None, log: Path) -> None:
     with log.open("wb") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     from internvl import sampler
     from mmpr import cli
 
-    def open_sampler(*args: Any, **kwargs: Any) -> SeededSampler:
+    real = sampler.open_sampler
+
+    def open_sampler(*args: Any, **kwargs: Any) -> Any:
+        if pause is None:
+            return Listed(real(*args, **kwargs), asked)
         return SeededSampler(asked, pause)
 
     sampler.open_sampler = open_sampler  # type: ignore[assignment]
@@ -72,10 +97,13 @@ def _child(recipe: Path, asked: Path, pause: float, log: Path) -> None:
 
 @dataclass
 class BuildRun:
-    """One build, started as often as it is killed."""
+    """One build, started as often as it is killed.
+
+    pause: seconds of the slow sampler's question; None for the model that the recipe names.
+    """
 
     recipe: Path
-    pause: float = 0.0
+    pause: float | None = 0.0
 
     def start(self, seconds: float | None = None) -> tuple[int, str]:
         """Run to the end or until a SIGKILL after `seconds`; the exit code and what was printed.
@@ -87,7 +115,7 @@ class BuildRun:
         asked.unlink(missing_ok=True)
         on_disk = self.whole_questions()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mmpr.cli", "mmpr.sample", "internvl.sampler", "yaml"])
+        context.set_forkserver_preload(PRELOAD if self.pause is not None else [*PRELOAD, *ENGINE])
         process = context.Process(target=_child, args=(self.recipe, asked, self.pause, log))
         process.start()
         process.join(SECONDS if seconds is None else seconds)

@@ -72,9 +72,12 @@ def without_folder(built: dict[str, bytes], folder: Path) -> dict[str, bytes]:
     return {path: text.replace(name, b"") for path, text in built.items()}
 
 
-def uninterrupted(tmp_path: Path, model: Path, matcher: str) -> tuple[dict[str, bytes], float]:
+def uninterrupted(
+    tmp_path: Path, model: Path, pause: float | None, matcher: str, **changes: Any
+) -> tuple[dict[str, bytes], float]:
     """The files of a build that nothing stopped, and the seconds that it took."""
-    run = BuildRun(make_folder(tmp_path / "whole", model, matcher=matcher), pause=0.02)
+    recipe = make_folder(tmp_path / "whole", model, matcher=matcher, **changes)
+    run = BuildRun(recipe, pause)
     run.start(0.0)  # the fork server's own start is not timed
     start = time.monotonic()
     code, told = run.start()
@@ -83,13 +86,23 @@ def uninterrupted(tmp_path: Path, model: Path, matcher: str) -> tuple[dict[str, 
     return without_folder(files(out / "out"), out), time.monotonic() - start
 
 
-def kill_and_go_on(tmp_path: Path, model: Path, kills: int, seed: int, matcher: str) -> None:
-    whole, seconds = uninterrupted(tmp_path, model, matcher)
+def kill_and_go_on(
+    tmp_path: Path,
+    model: Path,
+    kills: int,
+    seed: int,
+    *,
+    pause: float | None = 0.02,
+    matcher: str = "exact",
+    **changes: Any,
+) -> None:
+    whole, seconds = uninterrupted(tmp_path, model, pause, matcher, **changes)
     folder = tmp_path / "killed"
-    run = BuildRun(make_folder(folder, model, matcher=matcher), pause=0.02)
+    run = BuildRun(make_folder(folder, model, matcher=matcher, **changes), pause)
     rng = random.Random(seed)
+    least, most = (0.05, 0.6) if pause is not None else (0.2, 0.95)  # a model is loaded first
     for _ in range(kills):
-        code, told = run.start(rng.uniform(0.05, 0.6) * seconds)
+        code, told = run.start(rng.uniform(least, most) * seconds)
         assert code in (-9, 0), told
     code, told = run.start()
     assert code == 0, told
@@ -97,7 +110,7 @@ def kill_and_go_on(tmp_path: Path, model: Path, kills: int, seed: int, matcher: 
 
 
 def test_killed_and_started_again_it_comes_out_the_same(tiny_model: Path, tmp_path: Path) -> None:
-    kill_and_go_on(tmp_path, tiny_model, kills=3, seed=0, matcher="exact")
+    kill_and_go_on(tmp_path, tiny_model, kills=3, seed=0)
 
 
 @pytest.mark.slow
@@ -105,6 +118,13 @@ def test_killed_twenty_times(tiny_model: Path, tmp_path: Path) -> None:
     for seed in range(4):
         (tmp_path / str(seed)).mkdir()
         kill_and_go_on(tmp_path / str(seed), tiny_model, kills=5, seed=seed + 1, matcher="math")
+
+
+@pytest.mark.slow
+def test_killed_with_a_real_model(tiny_model: Path, tmp_path: Path) -> None:
+    """The model is untrained: its replies are noise, and none is right."""
+    sampling = {**RECIPE["sample"], "backend": "transformers", "max-tokens": 40}
+    kill_and_go_on(tmp_path, tiny_model, kills=6, seed=1, pause=None, sample=sampling, pair=False)
 
 
 def test_what_a_build_leaves(tiny_model: Path, tmp_path: Path) -> None:
