@@ -15,7 +15,6 @@ from cascade.report_data import (
     Histogram,
     ManifestRow,
     PairRow,
-    Picture,
     ReportData,
     StageAnswer,
     StageResult,
@@ -24,6 +23,7 @@ from cascade.report_data import (
 from cascade.report_files import get, number, read_lines, read_object
 from cascade.report_pictures import Tiling, pictures, read_tiling
 from internvl.errors import UserError
+from internvl.thumbnails import Thumbnail
 
 EXAMPLES, PAIRS = 8, 6
 
@@ -224,7 +224,7 @@ def _example_row(
     fate_: str,
     rows: dict[str, dict[str, Any]],
     paths: dict[str, Path],
-    shown: tuple[Picture, ...],
+    shown: tuple[Thumbnail, ...],
 ) -> ExampleRow:
     answers = []
     for name, row in rows.items():

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from internvl.thumbnails import Thumbnail
+
 LABELS = {
     "sft-careful": "Careful SFT",
     "sft": "SFT",
@@ -90,35 +92,6 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An image that is part of the page: a data URI, with its size in pixels.
-
-    grid: columns and rows of the tiles that the model saw it in; None where that is not known.
-    """
-
-    uri: str
-    width: int
-    height: int
-    grid: tuple[int, int] | None = None
-
-    @property
-    def cuts(self) -> list[tuple[str, float]]:
-        """Where one tile ends and the next begins: ("x" or "y", percent of that side)."""
-        columns, rows = self.grid or (1, 1)
-        return [("x", 100 * i / columns) for i in range(1, columns)] + [
-            ("y", 100 * j / rows) for j in range(1, rows)
-        ]
-
-    @property
-    def tiling(self) -> str:
-        """The tiles in words: "1 tile", "2 tiles + thumbnail", or nothing."""
-        if self.grid is None:
-            return ""
-        tiles = self.grid[0] * self.grid[1]
-        return "1 tile" if tiles == 1 else f"{tiles} tiles + thumbnail"
-
-
-@dataclass(frozen=True)
 class StageAnswer:
     """What one stage answered to a question; outcome is a verifier's, "correct" or another."""
 
@@ -136,7 +109,7 @@ class ExampleRow:
     id: str
     question: str
     answer: str
-    pictures: tuple[Picture, ...]
+    pictures: tuple[Thumbnail, ...]
     fate: str
     answers: tuple[StageAnswer, ...]
 
@@ -148,7 +121,7 @@ class PairRow:
     id: str
     question: str
     answer: str
-    pictures: tuple[Picture, ...]
+    pictures: tuple[Thumbnail, ...]
     chosen: str
     rejected: str
 

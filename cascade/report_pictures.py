@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cascade.report_data import Picture
 from cascade.report_files import get, read_object
 from internvl.errors import UserError
+from internvl.thumbnails import Thumbnail, make_thumbnail
 
 # A page stays light: larger images are embedded at this size, small ones as they are.
 PICTURE_SIDE = 448
@@ -42,7 +40,7 @@ def read_tiling(run: Path, names: Sequence[str]) -> Tiling | None:
 
 def pictures(
     run: Path, row: dict[str, Any], path: Path, tiling: Tiling | None
-) -> tuple[Picture, ...]:
+) -> tuple[Thumbnail, ...]:
     """Return the images of a record that was read from `path`."""
     names = row.get("image") or []
     names = [names] if isinstance(names, str) else names
@@ -60,19 +58,13 @@ def _find_image(run: Path, name: str, path: Path) -> Path:
     raise UserError(f"{path}: image {name!r} not found; tried {tried[0]} and {tried[1]}")
 
 
-def _embed(path: Path, tiling: Tiling | None) -> Picture:
-    """Return an image file as a PNG data URI; longer sides than 448 pixels are scaled down."""
+def _embed(path: Path, tiling: Tiling | None) -> Thumbnail:
+    """Return an image file for the page, scaled down where it is larger than a tile."""
     from internvl.images import load_image
-    from internvl.tiling import choose_grid
 
     image = load_image(path)
-    grid = None
-    if tiling is not None:
-        grid = choose_grid(
-            image.width, image.height, max_tiles=tiling.max_tiles, tile_size=tiling.tile_size
-        )
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    text = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return Picture(f"data:image/png;base64,{text}", image.width, image.height, grid)
+    if tiling is None:
+        return make_thumbnail(image, max_tiles=None, side=PICTURE_SIDE)
+    return make_thumbnail(
+        image, max_tiles=tiling.max_tiles, tile_size=tiling.tile_size, side=PICTURE_SIDE
+    )

@@ -16,9 +16,10 @@ from PIL import Image, ImageDraw
 
 from cascade import report
 from cascade.report_choose import choose_examples, choose_pairs, fate, fate_words
-from cascade.report_data import Picture, StageResult, difference
+from cascade.report_data import StageResult, difference
 from cascade.terminal import stage_table
 from internvl.errors import UserError
+from internvl.thumbnails import Thumbnail
 
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"  # what rich writes where a column is too narrow
 COLOURS = {"red": "#dc3232", "green": "#32be46", "blue": "#3c5ae6", "yellow": "#e6d232"}
@@ -229,7 +230,7 @@ def test_images_show_where_they_were_cut(run: Path, page: str) -> None:
     assert 0 < len(wide) < len(shown)
     assert {picture.grid for picture in wide} == {(2, 1)}
     assert {picture.grid for picture in shown if picture.width == 56} == {(1, 1)}
-    assert page.count(">2 tiles + thumbnail<") == len(wide)
+    assert page.count(">2 x 1 tiles + thumbnail<") == len(wide)
     assert page.count(">1 tile<") == len(shown) - len(wide)
     cut = '<i class="cut x" style="left: 50.00%"></i>'
     assert page.count(cut) == page.count('<i class="cut') == len(wide)
@@ -237,7 +238,7 @@ def test_images_show_where_they_were_cut(run: Path, page: str) -> None:
     unknown = replace(data.examples[0], pictures=(replace(wide[0], grid=None),))
     page = report.render(replace(data, examples=[unknown], pairs=[]))
     assert "<i class" not in page and "thumbnail<" not in page
-    assert Picture("", 3, 2, (3, 2)).cuts == [
+    assert Thumbnail("", 3, 2, (3, 2), (3, 2)).cuts == [
         ("x", pytest.approx(100 / 3)), ("x", pytest.approx(200 / 3)), ("y", 50)
     ]  # fmt: skip
 
