@@ -17,6 +17,8 @@ from mmpr.hashing import stable_hash
 from mmpr.recipe import Recipe, read_recipe
 from mmpr.resumable import naming_the_file
 from mmpr.verify import VerifyReport
+from rewards import load_table
+from rewards.judge import JudgeCacheError
 from rewards.judging_options import make_verifier
 
 _COMMANDS = {
@@ -160,6 +162,7 @@ class _Build:
         kept = {key: args[key] for key in args if key not in _OF_NO_VERDICT}
         if args["datasets"] is not None:  # what it says counts, not where it lies
             with told_to_the_user():
+                load_table(args["datasets"])
                 kept["datasets"] = f"a table of number {stable_hash(args['datasets'].read_text())}"
         return {f"verify {key}": str(value) for key, value in kept.items()}
 
@@ -171,6 +174,7 @@ class _Build:
         with told_to_the_user():
             verifier = make_verifier(args)
         with (
+            told_to_the_user(JudgeCacheError),
             verifier,
             FollowingVerifier(
                 *(self.rollouts, self.verdicts),

@@ -72,13 +72,11 @@ def share(part: float, whole: float) -> str:
 
 
 @contextmanager
-def told_to_the_user() -> Iterator[None]:
-    """What `rewards` cannot honour or read (a ValueError or OSError there), as a `UserError`."""
+def told_to_the_user(kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """What `rewards` cannot honour (an error of this kind), as a `UserError`."""
     try:
         yield
     except UserError:
         raise
-    except ValueError as error:
+    except kind as error:
         raise UserError(str(error)) from None
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}") from None

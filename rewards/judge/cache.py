@@ -14,11 +14,15 @@ _BUSY_SECONDS = 30.0  # how long to wait for another process's write
 _AT_ONCE = 500  # keys of one query
 
 
+class JudgeCacheError(ValueError):
+    """The file is no cache, or it cannot be read or written (now, or any more)."""
+
+
 class JudgeCache:
     """Judgements by key in an SQLite file; a connection is opened for each use.
 
     So it may be used from any thread and on both sides of a fork, and a kill loses nothing that
-    was put. Raises ValueError, naming the file, where that is no such file or cannot be written.
+    was put. Raises JudgeCacheError, naming the file, where that is none or cannot be written.
     """
 
     def __init__(self, path: Path):
@@ -26,7 +30,7 @@ class JudgeCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"judge_cache {path}: {error.strerror}") from None
+            raise JudgeCacheError(f"judge_cache {path}: {error.strerror}") from None
         with self._open() as database:
             database.execute(
                 "CREATE TABLE IF NOT EXISTS judgements (key TEXT PRIMARY KEY, correct INTEGER)"
@@ -41,7 +45,7 @@ class JudgeCache:
             with contextlib.closing(database), database:  # a transaction, then closed
                 yield database
         except sqlite3.Error as error:
-            raise ValueError(
+            raise JudgeCacheError(
                 f"judge_cache {self.path}: {error}; free it, or name another file"
             ) from None
 
