@@ -1,4 +1,4 @@
-r"""Markdown, LaTeX and Unicode around an answer that carry no meaning."""
+r"""Markdown, HTML, LaTeX and Unicode around an answer that carry no meaning."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 import unicodedata
 
 _BOLD = re.compile(r"(?<!\w)\*\*([^*\n]{1,200})\*\*(?!\w)")  # not the power in 2**3
-_OPENERS = frozenset("*`$\\\"“'_「『")
+_OPENERS = frozenset("*`$\\\"“'_「『<")
 _STOPS = ".。，,；;！"
-_CLOSERS = frozenset("*`" + _STOPS)
+_CLOSERS = frozenset("*`>" + _STOPS)
 _WRAPPERS = (
     ("$$", "$$"),
     ("$", "$"),
@@ -27,11 +27,15 @@ _COMMAND = re.compile(
     r"|underline)\s{0,2}\{",
     re.ASCII,
 )
+# Tags that only show a text otherwise: <sub>, <sup>, <s> and <box> mean something.
+_TAGS = "b|strong|i|em|u|mark|span|p|code"
+_OPEN_TAG = re.compile(rf"<({_TAGS})(?:\s[^<>]{{0,80}})?>", re.IGNORECASE)
+_CLOSING_TAG = re.compile(rf"</(answer|{_TAGS})\s?>|<br\s?/?>", re.IGNORECASE)
 
 
 def clean(text: str) -> str:
-    r"""An answer without the wrapping that carries no meaning: `$`, `**`, \text{}, quotes, closing
-    stops and commas.
+    r"""An answer without the wrapping that carries no meaning: `$`, `**`, <b>, \text{}, quotes,
+    closing stops and commas, a closing tag that nothing opens.
 
     >>> clean(r" **$\text{B}$.** ")
     'B'
@@ -43,7 +47,7 @@ def clean(text: str) -> str:
         if not text or (text[0] not in _OPENERS and text[-1] not in _CLOSERS):
             break
         before = text
-        text = _unwrap(text.strip(" \t\r\n*`"))
+        text = _unwrap(_without_stray_tag(text.strip(" \t\r\n*`")))
         if not text.endswith("..."):
             text = text.rstrip(_STOPS).rstrip()
         if text == before:
@@ -51,9 +55,25 @@ def clean(text: str) -> str:
     return text
 
 
+def _without_stray_tag(text: str) -> str:
+    """A text without a tag at its end that closes nothing in it: "9</answer>"."""
+    if text[-1:] != ">" or not (tag := _CLOSING_TAG.fullmatch(text, text.rfind("<"))):
+        return text
+    before = text[: tag.start()].rstrip()
+    opened = tag[1] is not None and f"<{tag[1]}".lower() in before.lower()
+    return text if opened or not before else before
+
+
 def _unwrap(text: str) -> str:
     if not text or text[0] not in _OPENERS:
         return text
+    if text[0] == "<":
+        if not (tag := _OPEN_TAG.match(text)):
+            return text
+        inner, closing = text[tag.end() :], f"</{tag[1].lower()}>"
+        # "<b>1</b> and <b>2</b>" is not one wrapped answer
+        whole = inner.lower().find(closing) == len(inner) - len(closing) > 0
+        return inner[: -len(closing)].strip() if whole else text
     for left, right in _WRAPPERS:
         if not (text.startswith(left) and text.endswith(right)):
             continue

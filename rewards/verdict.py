@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from rewards.datasets import DatasetEntry, DatasetTable, load_table
-from rewards.extract import STYLES, Extraction, extract, options_in
+from rewards.extract import STYLES, Extraction, extract, options_in, whole_record
 from rewards.match import MATCHERS, CannotJudge, get_matcher
 from rewards.match.choices import is_option
 from rewards.match.lists import is_list_of_lists
@@ -221,6 +221,8 @@ def plan_comparisons(task: Task) -> Plan:
     if found.text is None and pairs[0][0] == "choice" and task.style == "auto":
         line = extract(task.completion, "letter")  # the first or the last line; or prose
         found = line if line.text and is_option(line.text, task.options) else found
+    if pairs[0][0] == "list":
+        found = whole_record(task.completion, found)
     if found.text is None:
         return Plan(found, pairs[0][0], ())
     matcher = pairs[0][0]

@@ -199,6 +199,17 @@ MARKED: list[Case] = [
     ("Final answer: 9 in <box>[[1,2,3,4]]</box>", "9 in <box>[[1,2,3,4]]</box>", "final", True),
     ("答案如下：\n42", "42", "final", True),
     ("答案如下：42", "42", "final", True),
+    ("Final answer: 9</answer>", "9", "final", True),
+    ("Final answer: 9\n</answer>", "9", "final", True),
+    ("Final answer: <strong>9</strong>", "9", "final", True),
+    ("Final answer: <b>9</b>.", "9", "final", True),
+    ("<b>Final answer:</b> 9", "9", "final", True),
+    ("<p>Final answer: <b>9</b></p>", "9", "final", True),
+    ("Final answer: 9<br>", "9", "final", True),
+    # two emphasised texts are not one, and other tags are content
+    ("Final answer: <b>1</b> and <b>2</b>", "<b>1</b> and <b>2</b>", "final", True),
+    ("Final answer: H<sub>2</sub>", "H<sub>2</sub>", "final", True),
+    ("Final answer: <ref>cup</ref>", "<ref>cup</ref>", "final", True),
 ]
 
 BOXED: list[Case] = [
@@ -221,6 +232,7 @@ BOXED: list[Case] = [
     ("\\[ \\boxed{42} \\]", "42", "boxed", True),
     ("\\boxed{A} is wrong so \\boxed{B}", "B", "boxed", False),
     ("\\boxed{\\text{The answer is B}}", "B", "boxed", True),
+    ("\\boxed{<b>9</b>}", "9", "boxed", True),
     ("\\boxed{x = 5}", "x = 5", "boxed", True),
     ("\\boxed{9}.", "9", "boxed", True),
     ("$\\boxed{9}$ cm", "9", "boxed", True),

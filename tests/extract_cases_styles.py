@@ -56,6 +56,7 @@ STYLED: dict[str, list[Case]] = {
         ("- (B)", "B", "letter", True),
         ("Answer: B", "B", "letter", True),
         ("The answer is probably B, since A is small.", "B", "letter", False),
+        ("It is tall.\nAns: B", "B", "prose", False),
         ("B\n", "B", "letter", True),
         ("A. Paris\nB. London", None, "none", False),  # the options again: none is chosen
     ],
@@ -102,6 +103,14 @@ STYLED: dict[str, list[Case]] = {
             "box",
             True,
         ),
+        ("<point>200,200</point>", "<point>200,200</point>", "box", True),
+        ('<point x="200" y="30">', "<point>[[200, 30]]</point>", "box", True),
+        ("It is <point x='2.5' y='30'/>.", "<point>[[2.5, 30]]</point>", "box", True),
+        ('<point x="2" y="3" alt="a cup">cup</point>', "<point>[[2, 3]]</point>", "box", True),
+        ('<point x="1" y="2"> or <point x="3" y="4">', "<point>[[3, 4]]</point>", "box", False),
+        # several corners, and half a point, are none
+        ('<points x1="1" y1="2" x2="3" y2="4">cups</points>', None, "none", False),
+        ('<point x="200">', None, "none", False),
         ("<point>1 2</point>", "<point>1 2</point>", "box", True),
         ("[1, 2, 3, 4]", "[1, 2, 3, 4]", "box", True),
         ("(1,2),(3,4)", "(1,2),(3,4)", "box", True),

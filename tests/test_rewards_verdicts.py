@@ -198,6 +198,31 @@ def test_a_line_that_is_an_option_answers_a_multiple_choice_question(completion,
     assert (verdict.outcome, verdict.format_ok) == (outcome, False)
 
 
+RECORD = '{"company": "ABC", "total": "9.00"}'
+
+
+@pytest.mark.parametrize(
+    ("completion", "outcome", "format_ok"),
+    [
+        ("Final answer:\ncompany: ABC\ntotal: 9.00", "correct", True),
+        ("Final answer: company: ABC\ntotal: 9.00", "correct", True),
+        ("Final answer:\n**Company:** ABC\n**Total:** 9.00\n\nThat is all.", "correct", False),
+        ("The answer is:\ncompany: ABC\ntotal: 9.00\nNote: it is paid.", "correct", False),
+        ("<think>total: 8</think>Final answer:\ncompany: ABC\ntotal: 9.00", "correct", True),
+        ("Final answer:\n- company: ABC\n- total: 9.00", "correct", True),
+        ("Final answer:\ncompany: ABC\ntotal: 8.00", "wrong", True),
+        ("Final answer:\ncompany: ABC\ntotal: 9.00\ndate: 1 May", "wrong", True),
+        ("Final answer:\ncompany: ABC\n\ntotal: 9.00", "wrong", False),  # an empty line ends it
+        ("\\boxed{company: ABC}\ntotal: 9.00", "wrong", True),
+    ],
+)
+def test_a_record_on_several_lines_is_one_answer_for_list(completion, outcome, format_ok):
+    verdict = verify(completion, RECORD, matcher="list")
+    assert (verdict.outcome, verdict.format_ok) == (outcome, format_ok)
+    # of other matchers the answer stays the first line
+    assert verify("Final answer:\nx: 5\ny: 6", "x: 5", matcher="exact").outcome == "correct"
+
+
 @pytest.mark.parametrize("options", ["AB", {"A": "Paris"}, ["Paris", 1], 5])
 def test_options_that_are_no_texts_are_said(options):
     with pytest.raises(ValueError, match="is not a list of texts"):

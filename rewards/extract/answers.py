@@ -40,7 +40,8 @@ _EMOJI_EDGES = re.compile(
 
 _PREFIX = re.compile(r"(?:[ \t]{0,9}(?:>|#{1,6}(?=\s)|[-*+•](?=\s))){1,20}[ \t]{0,9}")
 _BULLET = re.compile(r"[ \t]{0,9}(?:>[ \t]{0,3})?(?:[-*+•]|\d{1,2}[.)])[ \t]{1,4}(?=\S)")
-_CLOSING = re.compile(r"[*_`]{1,3}(?=\s)")  # of the marker's emphasis: "**Final answer:** 9"
+# of the marker's emphasis: "**Final answer:** 9"
+_CLOSING = re.compile(r"[*_`]{1,3}(?=\s)|</(?:b|strong|i|em|u|span|p)>", re.IGNORECASE)
 _SUBSTANCE = re.compile(r"[^\W_]")
 _BLOCKS = ("```", "$$", "\\[", "[", "{", "|", "-", "+", "*", "•", ">", "1")
 _AROUND = [(mark, mark) for mark in ("***", "**", "*", "__", "_", "`", "$$", "$", '"', "'")]
@@ -180,6 +181,11 @@ def first_answer(line: str) -> tuple[str, str]:
     return line[:cut], line[cut:].lstrip("*_`$.。,，;； ")
 
 
+def explains(line: str) -> bool:
+    """Whether a line begins an explanation: "Note: ..", "The total is .."."""
+    return _SENTENCE.match(line) is not None
+
+
 _VERB = re.compile(
     r"\b(?:is|are|was|were|am|has|have|had|shows?|can|cannot|can't|could|will|would|do|does|did"
     r"|don't|isn't|appears?|seems?|stands?|depicts?|contains?)\b|\w是\w|无法|不能",
@@ -204,7 +210,7 @@ def answer_after(rest: str) -> tuple[str, bool]:
 
     ("", False) for a text that holds nothing.
     """
-    if rest[:1] in ("*", "_", "`") and (closing := _CLOSING.match(rest)):
+    if rest[:1] in ("*", "_", "`", "<") and (closing := _CLOSING.match(rest)):
         rest = rest[closing.end() :]
     line, _, tail = rest.partition("\n")
     strip = peel  # "> 5" and "- 3" on the marker's own line are no quote and no bullet

@@ -281,3 +281,33 @@ def _cn_letters(rest: str, position: int) -> Said | None:
 def _cn_more(rest: str) -> bool:
     """Whether anything follows but the end of the sentence ("选项", "正确", "是正确的")."""
     return has_more(re.sub(r"^[)）\]\s*\"”]{0,4}(?:选?项)?(?:是?正确)?的?(?:答案|选项)?", "", rest))
+
+
+_LABEL = re.compile(
+    r"[ \t>#*_`-]{0,9}(?:ans(?:\.(?=[\s*_])|\.?[*_]{0,3}[:：])|result[*_]{0,3}[:：])"
+)
+_LABEL_CN = re.compile(r"(?<![^\s*_>。.；;!！?？])答[*_]{0,3}[:：]")
+_RESULT = re.compile(r"result[*_]{0,3}[:：]")
+_NUMBER_OR_LETTER = re.compile(r"\d|^\W?[A-Z]\W?$")
+_LONGEST_LABELLED = 300  # characters
+
+
+def labelled(text: str, low: str) -> str | None:
+    """The answer after "Ans:", "Result:" or "答:" in the last line; None without one.
+
+    A result is an answer only where it holds a number or is a letter, and is the only one: the
+    steps of a calculation have results of their own.
+    """
+    start = text.rfind("\n") + 1
+    label = _LABEL.match(low, start)
+    if label is None and (at := text.rfind("答", start)) >= 0:
+        label = _LABEL_CN.match(text, at)
+    if label is None:
+        return None
+    answer, _ = answer_after(text[label.end() :])
+    if not answer or len(answer) > _LONGEST_LABELLED:
+        return None
+    plain = _RESULT.search(low, 0, start) is None and _NUMBER_OR_LETTER.search(answer)
+    if "result" in label[0] and not plain:
+        return None
+    return answer

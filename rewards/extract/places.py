@@ -5,6 +5,12 @@ from __future__ import annotations
 import re
 
 _PLACE = re.compile(r"<(box|point)>[^<>]{1,400}</\1>", re.IGNORECASE)
+_NUMBER = r"[\"']?(-?\d{1,9}(?:\.\d{1,9})?)[\"']?"
+_ATTRIBUTES = re.compile(  # <point x="200" y="300" alt="the cup">the cup</point>
+    rf"<point\s{{1,3}}x={_NUMBER}\s{{1,3}}y={_NUMBER}(?:\s[^<>]{{0,200}}|/)?>"
+    r"(?:[^<>]{0,200}</point>)?",
+    re.IGNORECASE,
+)
 _BETWEEN = re.compile(r"(?:[\s,;，；、&|]|and|和|<ref>[^<>]{0,200}</ref>)*", re.IGNORECASE)
 _COORDINATES = re.compile(
     r"(?:[-+\d\s.,;:=()\[\]{}\"'|]|\b(?:click|tap|point|box|bbox|bbox_2d|point_2d|start_box|"
@@ -24,11 +30,14 @@ def tagged_places(text: str) -> tuple[str, bool] | None:
     """The last run of <box>..</box> or <point>..</point>, and whether it is the only one.
 
     Tags that stand side by side, with or without <ref>..</ref> between them, are one run; the
-    names in <ref> are left out of it. None without any.
+    names in <ref> are left out of it. <point x="1" y="2"> is <point>[[1, 2]]</point>.
+    None without any.
 
     >>> tagged_places("a <ref>cup 2</ref><box>[[1, 2, 3, 4]]</box>")
     ('<box>[[1, 2, 3, 4]]</box>', True)
     """
+    if "<point " in text:
+        text = _ATTRIBUTES.sub(r"<point>[[\1, \2]]</point>", text)
     tags = list(_PLACE.finditer(text))
     if not tags:
         return None

@@ -39,7 +39,7 @@ from rewards.extract.extraction import (
     nothing,
 )
 from rewards.extract.marked import boxed, marked
-from rewards.extract.phrases import said
+from rewards.extract.phrases import labelled, said
 from rewards.extract.places import coordinates_only, lone_place, tagged_places
 from rewards.extract.thinking import after_think, in_answer_tag
 
@@ -231,6 +231,8 @@ def _auto(text: str, low: str) -> Extraction:
         and (hashes := _HASHES.match(text, text.rfind("####")))
     ):
         found = found_at(hashes[1], "prose", "the answer stands after ####, as no style asks")
+    if found.text is None and (answer := labelled(text, low)):
+        found = found_at(answer, "prose", IN_A_SENTENCE)
     if found.text is None:
         found = _unmarked(peel_line(text)) if _may_be_bare(text) else found
     if found.text is None and (places := tagged_places(text)):
@@ -264,6 +266,8 @@ def _letter(text: str, low: str) -> Extraction:
         others = _LONE if _LETTER.fullmatch(core) else _LABELLED
         if alone.style == "letter" and alone.text and len({*others.findall(text)}) <= 1:
             return found_at(alone.text, "letter", "text around the option's letter")
+    if found.text is None and (answer := labelled(text, low)):
+        return found_at(answer, "prose", IN_A_SENTENCE)
     return found if found.text is not None else nothing()
 
 

@@ -38,11 +38,12 @@ def match_relaxed(prediction: str, gold: str, options: Options = None) -> float:
     """ChartQA's relaxed accuracy: within 5% of a gold number, equal text otherwise.
 
     Masry et al. 2022, section 5.1. A gold year (a plain integer in 1500..2100) and a gold zero
-    must be met exactly; a list ("[1, 2]") is text. Raises CannotJudge for a blank gold.
+    must be met exactly; a list ("[1, 2]" or "1, 2") is text. Raises CannotJudge for a blank gold.
     """
     wanted = read_number(gold)
     if wanted is None:
-        return match_exact(prediction, gold)
+        listed = gold[1:-1].strip() if gold[:1] == "[" and gold[-1:] == "]" else ""
+        return match_exact(prediction, gold) or (match_exact(prediction, listed) if listed else 0.0)
     given = read_number(prediction)
     if given is None:
         return 0.0
