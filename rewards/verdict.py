@@ -209,6 +209,13 @@ def option_texts(options: object) -> tuple[str, ...] | None:
     return tuple(options)
 
 
+def _names_no_option(found: Extraction, task: Task) -> bool:
+    """Whether nothing was read, or in a sentence something that is none of the options."""
+    return found.text is None or (
+        found.style == "prose" and not is_option(found.text, task.options)
+    )
+
+
 def plan_comparisons(task: Task) -> Plan:
     """Read a completion's final answer and say what it is to be compared with."""
     pairs = [
@@ -218,7 +225,7 @@ def plan_comparisons(task: Task) -> Plan:
     ]
     grounded = pairs[0][0] in GROUNDING
     found = extract(task.completion, "box" if grounded and task.style == "auto" else task.style)
-    if found.text is None and pairs[0][0] == "choice" and task.style == "auto":
+    if pairs[0][0] == "choice" and task.style == "auto" and _names_no_option(found, task):
         line = extract(task.completion, "letter")  # the first or the last line; or prose
         found = line if line.text and is_option(line.text, task.options) else found
     if pairs[0][0] == "list":

@@ -233,3 +233,16 @@ def test_options_that_are_no_texts_are_said(options):
 def test_a_completion_that_is_no_text_is_said(completion):
     with pytest.raises(ValueError, match="is no text"):
         verify(completion, "9")
+
+
+@pytest.mark.parametrize(
+    ("completion", "extracted", "outcome"),
+    [
+        ("B\n\nBecause the bar is tall.\nResult: 12", "B", "correct"),
+        ("It is tall.\nAns: C", "C", "wrong"),
+        ("B\n\nThe answer is 12.", "12", "wrong"),  # a sentence that says it is firmer
+    ],
+)
+def test_a_line_that_is_an_option_comes_before_a_label(completion, extracted, outcome):
+    verdict = verify(completion, "B")
+    assert (verdict.extracted, verdict.outcome) == (extracted, outcome)
