@@ -7,6 +7,8 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from internvl.sampler import SampleRequest
+
 
 class FakeServer:
     """Answers each question from its seed; `behave(request number, body)` may change that.
@@ -104,3 +106,20 @@ class _Handler(BaseHTTPRequestHandler):
             with fake.lock:
                 fake.at_once -= 1
         self.reply(*(other or (200, json.dumps(fake.answer(body)))))
+
+
+def started_servers():
+    """Yields `start(**options)`, which starts a server; all are stopped in the end."""
+    started = []
+
+    def start(**options):
+        started.append(FakeServer(**options))
+        return started[-1]
+
+    yield start
+    for fake in started:
+        fake.stop()
+
+
+def requests(number):
+    return [SampleRequest(f"How many of {i}?", (), seed=i) for i in range(number)]

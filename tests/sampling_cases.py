@@ -108,6 +108,7 @@ def command(*words):
     try:
         cli.main([str(word) for word in words])
     except SystemExit as stop:
+        assert isinstance(stop.code, int)
         return stop.code
     return 0
 

@@ -22,21 +22,11 @@ from broken_rows import (
     write_pictures,
 )
 from PIL import Image
+from sampling_cases import command
 
 from internvl.data import Quarantine, read_rows, write_jsonl
 from internvl.sampler import Completion
-from mmpr import cli
 from mmpr.check import kind_of
-
-
-def command(*words: Any) -> int:
-    """Run `mmpr` in this process; returns the exit code."""
-    try:
-        cli.main([str(word) for word in words])
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
-    return 0
 
 
 def quarantined(path: Path) -> dict[int, str]:

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from plain import Plain, call_processor, load_plain, plain_logits
 from published import make_published
+from sampling_cases import command
 
 from internvl.chat import encode_reply, eos_token_id, load_processor, render_prompt
 from internvl.conversion.convert import convert
 from internvl.data import Quarantine, Row, read_rows, write_jsonl
 from internvl.errors import UserError
 from internvl.sampler import Completion
-from mmpr import cli
 from mmpr.dropout import (
     DropoutConfig,
     DropoutReport,
@@ -149,16 +149,6 @@ class Continuing:
 
     def close(self) -> None:
         pass
-
-
-def command(*words: Any) -> int:
-    """Run `mmpr` in this process; returns the exit code."""
-    try:
-        cli.main([str(word) for word in words])
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
-    return 0
 
 
 @pytest.fixture

@@ -16,25 +16,15 @@ from broken_rows import encode, pair
 from hypothesis import given
 from hypothesis import strategies as st
 from plain import noise_image
+from sampling_cases import command
 from stage_runs import StageRun
 
 from internvl.chat import load_processor
 from internvl.data import Quarantine, Row, read_rows, write_jsonl
 from internvl.encoding import Encoder
 from internvl.errors import DataError
-from mmpr import cli
 from mmpr.formats import content_parts, trl_record
 from mmpr.pairs import PairConfig, build_pairs, like_pairs
-
-
-def command(*words: Any) -> int:
-    """Run `mmpr` in this process; returns the exit code."""
-    try:
-        cli.main([str(word) for word in words])
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
-    return 0
 
 
 def verdict(qid: str, right: bool, text: str, sample: int, **more: Any) -> dict[str, Any]:

@@ -16,7 +16,14 @@ from mmpr.commands.pair_output import (
     require_images,
     write_pairs,
 )
-from mmpr.commands.shared import add_common, beside, open_quarantine, refuse_overwrite, tell_bad
+from mmpr.commands.shared import (
+    add_common,
+    add_sampling,
+    beside,
+    open_quarantine,
+    refuse_overwrite,
+    tell_bad,
+)
 from mmpr.dropout import NOT_KNOWN_TO_BE_WRONG, DropoutConfig, DropoutReport
 
 if TYPE_CHECKING:
@@ -45,15 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only pairs whose continuation the model finds less likely than the original, given "
         "the image (a forward pass over each pair)",
     )
-    add("--temperature", type=float, default=1.0, help="(default: %(default)s)")
-    add("--top-p", type=float, default=1.0, help="(default: %(default)s, off)")
-    add("--top-k", type=int, default=0, help="(default: %(default)s, off)")
-    add("--max-tokens", type=int, default=1024, help="of a continuation (default: %(default)s)")
+    add_sampling(parser, "continuation")
     add("--max-tiles", type=int, help="for --filter-by-likelihood (default: 12)")
     add("--seed", type=int, default=0, help="of the draw and of each continuation")
-    add("--backend", choices=("auto", "vllm", "transformers"), default="auto", help="the sampler")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
-    add("--max-model-len", type=int, metavar="N", help="prompt + reply (default: the model's)")
     add(
         "--batch",
         type=int,

@@ -12,6 +12,7 @@ from internvl.errors import UserError
 from internvl.terminal import Command
 from mmpr.commands.shared import (
     add_common,
+    add_sampling,
     open_quarantine,
     refuse_overwrite,
     share,
@@ -50,10 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the instruction (default: auto, the question's)",
     )
     add("--n", type=int, default=8, help="completions a question (default: %(default)s)")
-    add("--temperature", type=float, default=1.0, help="(default: %(default)s)")
-    add("--top-p", type=float, default=1.0, help="(default: %(default)s, off)")
-    add("--top-k", type=int, default=0, help="(default: %(default)s, off)")
-    add("--max-tokens", type=int, default=1024, help="of a completion (default: %(default)s)")
+    add_sampling(parser, "completion")
     add(
         "--max-tiles",
         type=int,
@@ -62,9 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "names none (default: 12)",
     )
     add("--seed", type=int, default=0, help="each question's own seed is drawn from it")
-    add("--backend", choices=("auto", "vllm", "transformers"), default="auto", help="the sampler")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
-    add("--max-model-len", type=int, metavar="N", help="prompt + completion (default: the model's)")
     add(
         "--batch-questions",
         type=int,

@@ -31,6 +31,18 @@ def add_common(parser: argparse.ArgumentParser, *, output: str | None) -> None:
     )
 
 
+def add_sampling(parser: argparse.ArgumentParser, what: str) -> None:
+    """How completions are drawn, and by which engine in this process; what: of which replies."""
+    add = parser.add_argument
+    add("--temperature", type=float, default=1.0, help="(default: %(default)s)")
+    add("--top-p", type=float, default=1.0, help="(default: %(default)s, off)")
+    add("--top-k", type=int, default=0, help="(default: %(default)s, off)")
+    add("--max-tokens", type=int, default=1024, help=f"of a {what} (default: %(default)s)")
+    add("--backend", choices=("auto", "vllm", "transformers"), default="auto", help="the sampler")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
+    add("--max-model-len", type=int, metavar="N", help=f"prompt + {what} (default: the model's)")
+
+
 def beside(output: Path, suffix: str) -> Path:
     return output.with_name(output.name + suffix)
 
