@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import stdev
 from typing import Any
 
 import torch
@@ -21,16 +20,16 @@ from transformers import InternVLProcessor
 
 from internvl.chat import forbidden_token_ids
 from internvl.checkpoint import full_weights
-from internvl.data import Row, append_jsonl, dump_line
+from internvl.data import Row
 from internvl.errors import UserError
 from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
 from internvl.sampler import NO_V2PE, Sampler, SamplingConfig
-from rewards import Outcome
 from rewards.pool import shared_pool
 from rl.config import RLConfig
 from rl.losses import gspo_loss, gspo_terms, sequence_ratios
 from rl.rewarding import Rewarder, Verify, make_terms, make_verifier
+from rl.rollout_log import RolloutLog, add_group_metrics
 from rl.rollouts import Group, RolloutMaker, RolloutSettings
 from training.batches import STEP_BATCH, StepBatch
 from training.metrics import Metrics
@@ -138,36 +137,11 @@ class RLTrainer(PackedTrainer):
         self._log_rollouts(groups)
 
     def _log_rollouts(self, groups: Sequence[Group]) -> None:
-        metrics = self._metrics
-        judged = [r for group in groups for r in group.rewards if r is not None]
-        completions = [len(ids) for group in groups for ids in group.completions]
-        outcomes = [outcome for group in groups for outcome in group.outcomes]
-        metrics.mean("reward", torch.tensor(judged))
-        known = [[r for r in group.rewards if r is not None] for group in groups]
-        spread = [stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in known]
-        metrics.mean("reward_std", torch.tensor(spread))
-        flat = [float(not group.spread) for group in groups]
-        metrics.mean("frac_reward_zero_std", torch.tensor(flat))
-        for name in groups[0].terms:
-            # as in TRL, over the completions that the term applies to
-            terms = [v for group in groups for v in group.terms[name] if v is not None]
-            metrics.mean(f"rewards/{name}/mean", torch.tensor(terms))
-            metrics.deviation(f"rewards/{name}/std", torch.tensor(terms))
-        for kind in Outcome:
-            share = [float(outcome == kind) for outcome in outcomes]
-            metrics.mean(f"outcomes/{kind}", torch.tensor(share))
-        metrics.mean("completions/mean_length", torch.tensor(completions, dtype=torch.float))
-        clipped = [float(cut) for group in groups for cut in group.clipped]
-        metrics.mean("completions/clipped_ratio", torch.tensor(clipped))
-        unjudged = len(outcomes) - len(judged)
-        metrics.ratio("rewards/not_judged", unjudged, len(outcomes))
+        add_group_metrics(self._metrics, groups)
         if self.rl_args.log_completions:
             folder = Path(self.args.output_dir or "") / "rollouts"
-            with append_jsonl(folder / f"rank{self.args.process_index}.jsonl") as out:
-                for group in groups:
-                    record = {"step": self.state.global_step, **group.to_json()}
-                    record["question"] = self.rows[group.question].data["id"]
-                    out.write(dump_line(record))
+            log = RolloutLog(folder, self.args.process_index, self.rows)
+            log.write(self.state.global_step, groups)
 
     # ---- groups to steps ----
 
