@@ -3,62 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import InternVLProcessor
 
-from internvl.checkpoint import checksum
 from internvl.data import Row
-from internvl.data.checks import Ranks
-from internvl.errors import UserError
 from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
 from mpo.config import MPOConfig
 from mpo.losses import RewardShift, mpo_loss, pair_terms
-from mpo.reference import compute_reference, load_reference, reference_key, save_reference
-from training.batches import StepCollator
+from mpo.reference import Reference, ScoredPair
 from training.metrics import Metrics, sum_over_ranks
-from training.stage import gather_by_number
 from training.trainer import PackedTrainer
 
 FIRST_LOSS_TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True)
-class ScoredPair:
-    """A pair's row with the reference's log-probabilities of its two completions."""
-
-    row: Row
-    ref_chosen_logps: float
-    ref_rejected_logps: float
-
-
-class ScoredPairs(Sequence[ScoredPair]):
-    """Pairs with the reference's [rows, 2] log-probabilities; each row is read when asked for."""
-
-    def __init__(self, rows: Sequence[Row], values: Tensor):
-        assert len(rows) == len(values)
-        self._rows = rows
-        self._values = values
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, index: int) -> ScoredPair: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> ScoredPairs: ...
-
-    def __getitem__(self, index: int | slice) -> ScoredPair | ScoredPairs:
-        if isinstance(index, slice):
-            return ScoredPairs(self._rows[index], self._values[index])
-        chosen, rejected = self._values[index].tolist()
-        return ScoredPair(self._rows[index], chosen, rejected)
 
 
 class MPOTrainer(PackedTrainer):
@@ -83,12 +43,12 @@ class MPOTrainer(PackedTrainer):
         self.shift = RewardShift()
         self._step_rewards = {"total": 0.0, "count": 0.0}
         self._announced = False
-        self._reference_keys: dict[str, str] = {}  # of the "train" and "eval" pairs
         super().__init__(model, args, train_dataset, processing_class, eval_dataset, **kwargs)
         self._weights = args.weights
-        self.train_dataset: Any = self._with_reference(train_dataset, "train")
+        self.reference = Reference(self)
+        self.train_dataset: Any = self.reference.rows(train_dataset, "train")
         if eval_dataset is not None:
-            self.eval_dataset: Any = self._with_reference(eval_dataset, "eval")
+            self.eval_dataset: Any = self.reference.rows(eval_dataset, "eval")
 
     @property
     def mpo_args(self) -> MPOConfig:
@@ -96,59 +56,11 @@ class MPOTrainer(PackedTrainer):
         assert isinstance(self.args, MPOConfig)
         return self.args
 
-    # ---- the reference ----
-
-    @torch.no_grad()
-    def _with_reference(self, rows: Sequence[Row], name: str) -> ScoredPairs:
-        """The rows with the reference's log-probabilities, from the cache or by one pass."""
-        model = self.accelerator.unwrap_model(self.model)
-        settings: dict[str, object] = {
-            "max_tiles": self.encoder.max_tiles,
-            "dtype": str(next(model.parameters()).dtype),
-            "mixed_precision": self.accelerator.mixed_precision,
-            "template": str(self.encoder.processor.chat_template),
-        }
-        if self.encoder.position_steps != (1.0,):
-            settings["position_steps"] = [*self.encoder.position_steps, self.encoder.seed]
-        ranks = Ranks(self.args.process_index, self.args.world_size, gather_by_number)
-        key = reference_key(checksum(model.state_dict().items()), rows, settings, ranks)
-        self._reference_keys[name] = key
-        # in a folder of its own: loaders take every safetensors file beside a config for weights
-        path = Path(self.args.output_dir or "") / "reference" / f"{name}.safetensors"
-        values = load_reference(path, key)
-        if values is None:
-            model.eval()
-            values = compute_reference(
-                rows,
-                StepCollator(
-                    self.encoder.pair,
-                    lambda examples: {"examples": float(len(examples))},
-                    self.mpo_args.max_tokens_per_microbatch,
-                    self.mpo_args.max_tiles_per_microbatch,
-                ),
-                lambda batch: self._completion_logps(model, batch),
-                batch_size=self.mpo_args.reference_batch_size,
-                rank=self.args.process_index,
-                world_size=self.args.world_size,
-                device=self.args.device,
-                quiet=bool(self.args.disable_tqdm) or not self.is_world_process_zero(),
-                workers=self.args.dataloader_num_workers,
-            )
-            if self.is_world_process_zero():
-                save_reference(path, key, values)
-        return ScoredPairs(rows, values)
-
-    def _completion_logps(self, model: nn.Module, batch: PackedBatch) -> Tensor:
-        batch = batch.on(self.args.device)
-        return batch.sum_by_completion(self.score(model, batch).logprobs)
-
     # ---- what PackedTrainer asks for ----
 
     def encode(self, row: ScoredPair) -> Example:
         """A pair as one prompt with two completions and their reference log-probabilities."""
-        example = self.encoder.pair(row.row)
-        example.completion_values["ref_logps"] = [row.ref_chosen_logps, row.ref_rejected_logps]
-        return example
+        return self.reference.encode(row)
 
     def count(self, examples: Sequence[Example]) -> dict[str, float]:
         """The number of pairs."""
@@ -159,7 +71,7 @@ class MPOTrainer(PackedTrainer):
     ) -> tuple[Tensor, Metrics]:
         """w_p L_p + w_q L_q + w_g L_g over the step's pairs."""
         logps = batch.sum_by_completion(scores.logprobs)
-        ref_logps = batch.completion_values["ref_logps"].to(logps.dtype)
+        ref_logps = self.reference.logps(batch).to(logps.dtype)
         chosen, rejected = slice(0, None, 2), slice(1, None, 2)
         terms = pair_terms(
             logps[chosen],
@@ -225,14 +137,10 @@ class MPOTrainer(PackedTrainer):
         return {
             "reward_total": self.shift.total,
             "reward_count": self.shift.count,
-            "reference": self._reference_keys["train"],
+            "reference": self.reference.keys["train"],
         }
 
     def load_stage_state(self, state: dict[str, Any]) -> None:
         """Restore delta; raises `UserError` when the reference or the pairs are others now."""
-        if state["reference"] != self._reference_keys["train"]:
-            raise UserError(
-                f"{self.args.output_dir}: its checkpoint was made from another model_name_or_path "
-                "or from other pairs; go back to them, or choose another output_dir"
-            )
+        self.reference.refuse_other(state["reference"])
         self.shift = RewardShift(state["reward_total"], state["reward_count"])

@@ -145,7 +145,7 @@ def test_the_reference_is_scored_in_the_policys_precision(
         out = capsys.readouterr().out
         assert "first loss" in out and "WARNING" not in out
     keys = [
-        make_trainer("mpo", tiny_model, tmp_path, rows, Recorded(), bf16=bf16)._reference_keys
+        make_trainer("mpo", tiny_model, tmp_path, rows, Recorded(), bf16=bf16).reference.keys
         for bf16 in (False, True)
     ]
     assert keys[0] != keys[1]

@@ -19,7 +19,8 @@ from internvl.checkpoint import load_model
 from internvl.data import Row
 from internvl.sampler import Completion, SampleRequest, SamplingConfig
 from mpo.config import MPOConfig
-from mpo.trainer import MPOTrainer, ScoredPair
+from mpo.reference import ScoredPair
+from mpo.trainer import MPOTrainer
 from rl.config import RLConfig
 from rl.trainer import RLTrainer
 from sft.config import SFTConfig
