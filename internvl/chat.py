@@ -215,17 +215,26 @@ def _bos(tokenizer: Any) -> str:
     return "" if whole == bare else str(tokenizer.bos_token)
 
 
-def render_prompt(processor: InternVLProcessor, question: str, system: str | None = None) -> str:
+def render_prompt(
+    processor: InternVLProcessor,
+    question: str,
+    system: str | None = None,
+    history: Sequence[Message] = (),
+) -> str:
     """A question as the unexpanded prompt text that an engine is given."""
     refuse_control_tokens(processor, question, "question")
     refuse_control_tokens(processor, system or "", "system")
-    return render_messages(processor, prompt_messages(question, system), generate=True)
+    for number, message in enumerate(history):
+        refuse_control_tokens(processor, message["content"], f"turn {number} of 'history'")
+    return render_messages(processor, prompt_messages(question, system, history), generate=True)
 
 
-def prompt_messages(question: str, system: str | None = None) -> list[Message]:
-    """The messages of a question."""
+def prompt_messages(
+    question: str, system: str | None = None, history: Sequence[Message] = ()
+) -> list[Message]:
+    """The messages of a question; history: the user's and the assistant's before it."""
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    return [*messages, {"role": "user", "content": question}]
+    return [*messages, *history, {"role": "user", "content": question}]
 
 
 def cut_tiles(
@@ -371,11 +380,12 @@ def encode_prompt(
     images: Sequence[Image.Image],
     max_tiles: int,
     system: str | None = None,
+    history: Sequence[Message] = (),
 ) -> Prompt:
     """A question with its images as the trainer sees it: expanded ids and uint8 tiles."""
     tiles, counts = cut_tiles(processor, images, max_tiles)
-    text = render_prompt(processor, question, system)
-    messages = prompt_messages(question, system)
+    text = render_prompt(processor, question, system, history)
+    messages = prompt_messages(question, system, history)
     encoded = encode_messages(processor, messages, counts, generate=True)
     return Prompt(encoded.ids, tiles, encoded.image_slots, counts, text)
 

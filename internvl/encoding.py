@@ -34,6 +34,17 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 _TEXTS = ("system", "question", "chosen", "rejected", "conversations")
 
 
+def history_messages(row: Row) -> list[Message]:
+    """The turns before a pair's question."""
+    messages: list[Message] = []
+    for turn in row.data.get("history") or []:
+        role, text = _ROLES[turn["from"]], turn["value"]
+        messages.append(
+            {"role": role, "content": row.prompt_text(text) if role == "user" else text}
+        )
+    return messages
+
+
 @dataclass
 class Encoder:
     """Encodes rows of any kind with one processor.
@@ -56,7 +67,7 @@ class Encoder:
 
     def pair(self, row: Row) -> Example:
         """A preference pair: completion 0 is chosen, completion 1 rejected."""
-        prompt = self._prompt(row)
+        prompt = self._prompt(row, history_messages(row))
         return self._example(row, prompt, self._replies(row, prompt.text))
 
     def conversation(self, row: Row) -> Example:
@@ -78,13 +89,14 @@ class Encoder:
             slot_steps=self._slot_steps(row, counts),
         )
 
-    def _prompt(self, row: Row) -> Prompt:
+    def _prompt(self, row: Row, history: Sequence[Message] = ()) -> Prompt:
         return encode_prompt(
             self.processor,
             row.prompt_text(row.data["question"]),
             row.load_images(),
             row.tile_budget(self.max_tiles),
             row.data.get("system"),
+            history,
         )
 
     def _example(self, row: Row, prompt: Prompt, completions: Sequence[list[int]]) -> Example:
@@ -118,7 +130,8 @@ class Encoder:
         """The position step of each image slot, or None where all are 1."""
         if self.position_steps == (1.0,):
             return None
-        key = json.dumps([row.data.get(name) for name in _TEXTS])
+        texts = [row.data.get(name) for name in _TEXTS]
+        key = json.dumps(texts + ([row.data["history"]] if row.data.get("history") else []))
         steps = draw_steps(self.position_steps, len(tile_counts), key=key, seed=self.seed)
         tokens = [count * self.processor.image_seq_length for count in tile_counts]
         return [step for step, n in zip(steps, tokens, strict=True) for _ in range(n)]
@@ -134,8 +147,9 @@ class Encoder:
             text_tokens = len(self._encode_conversation(row, without).ids)
         else:
             question, system = row.prompt_text(row.data["question"]), row.data.get("system")
-            prompt = render_prompt(self.processor, question, system)
-            messages = prompt_messages(question, system)
+            history = history_messages(row) if kind == "pair" else []
+            prompt = render_prompt(self.processor, question, system, history)
+            messages = prompt_messages(question, system, history)
             encoded = encode_messages(self.processor, messages, without, generate=True)
             replies = self._replies(row, prompt) if kind == "pair" else [[]]
             text_tokens = len(encoded.ids) + max(map(len, replies))

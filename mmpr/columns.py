@@ -131,8 +131,13 @@ def _question_key(row: Row, kind: str) -> int:
     """What tells questions apart: the id of rollouts, else what is asked of which pictures."""
     if kind in ("rollout", "verdict"):
         return _hash([row.data["dataset"], row.data["id"]])
-    asked = row.data["conversations"][0] if kind == "conversation" else row.data["question"]
+    asked = row.data["conversations"][0] if kind == "conversation" else _asked(row.data)
     return _hash([row.image_root, asked, row.data.get("video"), *row.images])
+
+
+def _asked(data: dict[str, Any]) -> object:
+    """A question, with the turns before it where there are some."""
+    return [data["history"], data["question"]] if data.get("history") else data["question"]
 
 
 def _shared(row: Row) -> dict[str, int | str]:
@@ -150,7 +155,7 @@ def _pair(data: dict[str, Any]) -> dict[str, int | str]:
         "kind": str(data.get("kind") or "not said"),
         "chosen_chars": len(data["chosen"]),
         "rejected_chars": len(data["rejected"]),
-        "text": _hash([*pictures, data["question"], data["chosen"], data["rejected"]]),
+        "text": _hash([*pictures, _asked(data), data["chosen"], data["rejected"]]),
     }
 
 

@@ -167,6 +167,12 @@ def trl_record(row: Row, *, embed: bool) -> dict[str, Any]:
             images.append({"bytes": None, "path": str(source.resolve())})
     system = row.data.get("system")
     turns = [("system", [{"type": "text", "text": system}])] if system else []
+    for turn in row.data.get("history") or []:
+        said = turn["value"]
+        if turn["from"] == "human":
+            turns.append(("user", content_parts(said)))
+        else:
+            turns.append(("assistant", [{"type": "text", "text": said}]))
     turns.append(("user", content_parts(row.data["question"])))
     record = {"prompt": [{"role": role, "content": parts} for role, parts in turns]}
     for name in ("chosen", "rejected"):

@@ -52,8 +52,12 @@ class TokenCounter:
         counts = {"tiles": tiles, "image_tokens": tiles * self._processor.image_seq_length}
         if kind == "conversation":
             return {**counts, "tokens": self._encoder.length(row, "conversation", list(sizes))}
+        from internvl.encoding import history_messages
+
         text = row.prompt_text(row.data["question"])
-        prompt, opening = self._prompt(text, row.data.get("system"), len(sizes))
+        history = history_messages(row) if kind == "pair" else []
+        before = tuple((turn["role"], turn["content"]) for turn in history)
+        prompt, opening = self._prompt(text, row.data.get("system"), before, len(sizes))
         counts["prompt_tokens"] = prompt + counts["image_tokens"]
         for name in ("chosen", "rejected"):
             if kind == "pair":
@@ -62,12 +66,15 @@ class TokenCounter:
             counts["completion_tokens"] = self._reply(opening, row.data["completion"], "completion")
         return counts
 
-    def _count_prompt(self, text: str, system: str | None, pictures: int) -> tuple[int, str]:
+    def _count_prompt(
+        self, text: str, system: str | None, before: tuple[tuple[str, str], ...], pictures: int
+    ) -> tuple[int, str]:
         """(tokens without those of the pictures, rendered text) of a prompt."""
         from internvl.chat import encode_messages, prompt_messages, render_prompt
 
-        opening = render_prompt(self._processor, text, system)
-        messages = prompt_messages(text, system)
+        history = [{"role": role, "content": said} for role, said in before]
+        opening = render_prompt(self._processor, text, system, history)
+        messages = prompt_messages(text, system, history)
         encoded = encode_messages(self._processor, messages, [0] * pictures, generate=True)
         return len(encoded.ids), opening
 

@@ -99,7 +99,7 @@ def make_card(rows: Sequence[Row], kind: str, settings: PictureSettings) -> Card
         name=str(data.get("id") or ""),
         data_set=str(data["dataset"]),
         where=f"{row.file.name}:{row.line}",
-        question=mark_slots(data["question"]),
+        question=mark_slots(_asked(data)),
         system=str(data.get("system") or ""),
         pictures=pictures,
         more_pictures=more,
@@ -111,6 +111,12 @@ def make_card(rows: Sequence[Row], kind: str, settings: PictureSettings) -> Card
     if kind == "question":
         return replace(card, kinds=_texts(data.get("matcher")))
     return _rollout_card(card, [one.data for one in rows], judged=kind == "verdict")
+
+
+def _asked(data: dict[str, Any]) -> str:
+    """The question, below the turns before it where there are some."""
+    before = [f"{turn['from']}: {turn['value']}" for turn in data.get("history") or []]
+    return "\n\n".join([*before, f"human: {data['question']}"]) if before else data["question"]
 
 
 def _pair_card(card: Card, data: dict[str, Any]) -> Card:

@@ -61,7 +61,8 @@ def _hash_rows(rows: Sequence[Row], start: int) -> str:
     digest = hashlib.sha256()
     for index in range(start, min(start + _ROWS_A_HASH, len(rows))):
         row = rows[index]
-        fields = [row.data.get(name) for name in ("question", "system", "chosen", "rejected")]
+        names = ("history", "question", "system", "chosen", "rejected")
+        fields = [row.data.get(name) for name in names]
         digest.update(json.dumps(fields, ensure_ascii=False).encode())
         digest.update(json.dumps([row.tile_budget(None), row.num_frames]).encode())
         for encoded in row.encoded_media():

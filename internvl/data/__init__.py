@@ -13,6 +13,7 @@ fields. Fields that are not named here are kept and passed through.
     verdict       rollout + {"outcome": "correct", "extracted": "3", "score": 1.0, ...}
     pair          {"id": "q7-0", "image": "a.png", "question": "<image>\\n...",
                    "chosen": "...", "rejected": "...", "answer_gt": "3"}
+                  also as TRL writes it: prompt, chosen, rejected as messages (see preferences)
     conversation  {"id": "s1", "image": "a.png", "conversations":
                    [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}]}
 
@@ -20,8 +21,10 @@ fields. Fields that are not named here are kept and passed through.
                   `images` is the same. A single image needs no placeholder: it is put in front
     video         a file or a folder of frames: `<video>` in the question, and "num_frames" (8)
     system        the system prompt          max_tiles    the tile budget of this row's prompt
+    history       of a pair: the turns before its question, as in a conversation
 
-The modules behind it: records (what a record must hold), rows (a record with its pictures),
+The modules behind it: records (what a record must hold), preferences (TRL's rows), rows (a record
+with its pictures),
 sources (files), lines and tables (records by number), rowsets, checks, quarantine, exports and
 jsonl (writing).
 """

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
+from internvl.data.preferences import is_preference, to_pair
+
 Kind = Literal["question", "rollout", "verdict", "pair", "conversation"]
 RecordFault = Callable[[dict[str, Any]], str | None]
 IMAGE_PLACEHOLDER = "<image>"
@@ -64,8 +66,9 @@ def tidy_record(record: dict[str, Any], kind: Kind) -> dict[str, Any]:
     """The record as the rest of the code reads it; what is wrong is left for `find_fault`.
 
     `images` (a column's usual name on the hub) becomes `image`, and a whole number as id its text;
-    a missing answer becomes "", numbers their texts, coordinates one text; one image or video
-    without a placeholder gets it in front of the (first) question, as in InternVL's published code.
+    a missing answer becomes "", numbers their texts, coordinates one text; TRL's preference rows
+    become pairs; one image or video without a placeholder gets it in front of the (first) question,
+    as in InternVL's published code.
     """
     if type(record.get("id")) is int:
         record = {**record, "id": str(record["id"])}
@@ -76,6 +79,9 @@ def tidy_record(record: dict[str, Any], kind: Kind) -> dict[str, Any]:
         del record["images"]
     try:
         images = len(list_images(record))
+        if kind == "pair" and is_preference(record):
+            record = to_pair(record, images)
+            images = len(list_images(record))
     except ValueError:
         return record
     text = _prompt_text(record, kind)
@@ -111,23 +117,28 @@ def _tidy_answer(answer: object, matcher: object) -> object:
 
 def _prompt_text(record: dict[str, Any], kind: Kind) -> str | None:
     """All text of the user's side, or None where that is not all text."""
-    if kind != "conversation":
-        question = record.get("question")
-        return question if isinstance(question, str) else None
+    last: Any = ""
     turns = record.get("conversations")
+    if kind != "conversation":
+        last, turns = record.get("question"), record.get("history") if kind == "pair" else None
+        if not isinstance(last, str):
+            return None
+        if turns is None:
+            return last
     if not isinstance(turns, list) or not turns:
         return None
     try:
-        return "".join(turn["value"] for turn in turns[::2])
+        return "".join(turn["value"] for turn in turns[::2]) + last
     except (TypeError, KeyError, IndexError):
         return None
 
 
 def _put_in_front(record: dict[str, Any], kind: Kind, text: str) -> dict[str, Any]:
-    if kind != "conversation":
+    name = "conversations" if kind == "conversation" else "history"
+    if kind != "conversation" and (kind != "pair" or record.get("history") is None):
         return {**record, "question": text + record["question"]}
-    first, *others = record["conversations"]
-    return {**record, "conversations": [{**first, "value": text + first["value"]}, *others]}
+    first, *others = record[name]
+    return {**record, name: [{**first, "value": text + first["value"]}, *others]}
 
 
 def find_fault(record: object, kind: Kind) -> str | None:
@@ -206,6 +217,13 @@ def _verdict_fault(record: dict[str, Any]) -> str | None:
 
 
 def _pair_fault(record: dict[str, Any]) -> str | None:
+    if is_preference(record):
+        try:
+            to_pair(record, len(list_images(record)))
+        except ValueError as error:
+            return str(error)
+    if record.get("history") is not None and (fault := _turns_fault(record, "history")):
+        return fault
     fault = _text(record, "question") or _text(record, "chosen") or _text(record, "rejected")
     if fault is None and record["chosen"] == record["rejected"]:
         return "chosen and rejected are identical"
@@ -213,15 +231,19 @@ def _pair_fault(record: dict[str, Any]) -> str | None:
 
 
 def _conversation_fault(record: dict[str, Any]) -> str | None:
-    turns = record.get("conversations")
+    return _turns_fault(record, "conversations")
+
+
+def _turns_fault(record: dict[str, Any], name: str) -> str | None:
+    turns = record.get(name)
     if not isinstance(turns, list) or len(turns) < 2 or len(turns) % 2:
-        return "field 'conversations' is not a list of human and gpt turns, two at a time"
+        return f"field {name!r} is not a list of human and gpt turns, two at a time"
     for index, turn in enumerate(turns):
         speaker = ("human", "gpt")[index % 2]
         if not isinstance(turn, dict) or turn.get("from") != speaker:
-            return f"turn {index} of 'conversations' is not from {speaker!r}"
+            return f"turn {index} of {name!r} is not from {speaker!r}"
         if fault := _text(turn, "value"):
-            return f"turn {index} of 'conversations': {fault}"
+            return f"turn {index} of {name!r}: {fault}"
     return None
 
 

@@ -16,7 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
-from internvl.data import records
+from internvl.data import preferences, records
 from internvl.data.cache import CACHED_FROM, cached_file
 from internvl.data.quarantine import Quarantine
 from internvl.data.records import Kind, find_fault, record_key, tidy_record
@@ -181,7 +181,10 @@ def _sift(
         faults = find()
     else:
         # what makes a record bad is written there: another text of it finds the faults anew
-        rules = hashlib.sha256(Path(records.__file__).read_bytes()).hexdigest()
+        written = b"".join(
+            Path(str(module.__file__)).read_bytes() for module in (records, preferences)
+        )
+        rules = hashlib.sha256(written).hexdigest()
         kept_file = cached_file(files, f".{kind}.faults.json", make, version=rules)
         faults = {int(number): fault for number, fault in json.loads(kept_file.read_text()).items()}
     _put_aside(source, kind, faults, quarantine)
