@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from internvl.errors import UserError
 from internvl.folders import HF_TYPE, read_config_json
+from internvl.parts import PARTS, part_of
 from internvl.terminal import print_table
 
 if TYPE_CHECKING:
     from transformers import InternVLConfig
 
-PARTS = ("vision tower", "projector", "language model")
 GIB = 2**30
 
 
@@ -42,14 +42,6 @@ def weight_headers(folder: Path) -> Iterator[tuple[str, list[int], str]]:
         for name, entry in header.items():
             if name != "__metadata__":
                 yield name, entry["shape"], entry["dtype"]
-
-
-def part_of(name: str) -> str:
-    """The part of the model that a weight belongs to, by its name in either layout."""
-    first = name.removeprefix("model.").split(".")[0]
-    if first in ("vision_model", "vision_tower"):
-        return PARTS[0]
-    return PARTS[1] if first in ("mlp1", "multi_modal_projector") else PARTS[2]
 
 
 def count_parameters(folder: Path) -> tuple[dict[str, int], set[str]]:

@@ -87,7 +87,7 @@ CASES = {
     "mpo-empty-last": Case("mpo", 8, 3, EMPTY, {"gradient_checkpointing": True}),
     "sft-uneven-last": Case("sft", 10, 3, UNEVEN, {"loss_average": "token"}),
     "sft-empty-last": Case("sft", 8, 3, EMPTY, {"num_train_epochs": 2}),
-    "sft-frozen": Case("sft", 8, 3, EMPTY, {"freeze_vision": True}),
+    "sft-frozen": Case("sft", 8, 3, EMPTY, {"freeze_vit": True, "freeze_projector": True}),
     "rl": Case("rl", 6, 2, ([2] * 4, [2] * 4), {**RL, "steps_per_generation": 2}),
     "fsdp": Case("mpo", 8, 3, EMPTY, fsdp="layers"),
     "fsdp-no-sync": Case("mpo", 8, 3, EMPTY, fsdp="no_sync"),

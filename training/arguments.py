@@ -62,8 +62,11 @@ class PackedTrainingArguments(TrainingArguments):
     third knob, so `gradient_accumulation_steps` other than 1 is refused.
     """
 
-    # a stage's own options that may change between a kill and a restart
-    free_on_resume: ClassVar[frozenset[str]] = frozenset()
+    # options that may change between a kill and a restart; a stage names its own beside these
+    free_on_resume: ClassVar[frozenset[str]] = frozenset(
+        {"resume", "quarantine_file", "max_bad"}
+        | {"max_tokens_per_microbatch", "max_tiles_per_microbatch"}
+    )
 
     max_tokens_per_microbatch: int = field(
         default=16384,
@@ -97,8 +100,23 @@ class PackedTrainingArguments(TrainingArguments):
             "where position_steps has several."
         },
     )
-    freeze_vision: bool = field(
-        default=False, metadata={"help": "Train neither the vision tower nor the projector."}
+    freeze_llm: bool = field(default=False, metadata={"help": "Do not train the LLM."})
+    freeze_vit: bool = field(default=False, metadata={"help": "Do not train the vision tower."})
+    freeze_projector: bool = field(
+        default=False, metadata={"help": "Do not train the projector between the two."}
+    )
+    vit_learning_rate: float | None = field(
+        default=None, metadata={"help": "The vision tower's; by default learning_rate."}
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "The projector's; by default learning_rate."}
+    )
+    vit_layer_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Each layer of the vision tower learns at this times the rate of the next one "
+            "(0 < decay <= 1), its last at this times vit_learning_rate."
+        },
     )
     image_root: str | None = field(
         default=None,
@@ -151,6 +169,7 @@ class PackedTrainingArguments(TrainingArguments):
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
         self._check_position_steps()
+        self._check_parts()
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns cannot be true: examples are not columns")
         if self.resume not in ("auto", "never"):
@@ -194,6 +213,19 @@ class PackedTrainingArguments(TrainingArguments):
                     f"report_to names {name!r}, which is not installed; there is: "
                     f"{', '.join(available) or 'none'}"
                 )
+
+    def _check_parts(self) -> None:
+        """Refuse what trains nothing, and rates for what is frozen."""
+        if self.freeze_llm and self.freeze_vit and self.freeze_projector:
+            raise UserError("freeze_llm, freeze_vit and freeze_projector leave nothing to train")
+        for name in ("vit_learning_rate", "projector_learning_rate", "vit_layer_decay"):
+            value, frozen = getattr(self, name), f"freeze_{name.split('_')[0]}"
+            if value is not None and getattr(self, frozen):
+                raise UserError(f"{name} is given, but {frozen} is set, too")
+            if value is not None and value <= 0:
+                raise UserError(f"{name} is {value}; it must be positive")
+        if self.vit_layer_decay is not None and self.vit_layer_decay > 1:
+            raise UserError(f"vit_layer_decay is {self.vit_layer_decay}; it is at most 1")
 
     def _check_position_steps(self) -> None:
         """Refuse steps that are none, and a checkpoint that would not say which one it takes."""

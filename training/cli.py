@@ -21,6 +21,12 @@ from trl import TrlParser
 from internvl.errors import UserError
 from training.arguments import PackedTrainingArguments
 
+# patterns on the paths of the linear layers in a part's blocks
+LINEAR_LAYERS = {
+    "llm": r"language_model\.layers\..*_proj",
+    "vit": r"vision_tower\.encoder\.layer\..*(_proj|\.projection_layer|\.fc1|\.fc2)",
+}
+
 
 @dataclass
 class ModelArguments:
@@ -34,15 +40,33 @@ class ModelArguments:
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA scale (alpha / r)."})
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    lora_parts: list[str] = field(
+        default_factory=lambda: ["llm"],
+        metadata={"help": "Every linear layer of these gets an adapter: llm, vit, or both."},
+    )
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Module name endings; by default every linear layer of the LLM."},
+        metadata={"help": "Instead of lora_parts: endings of modules' names, in any part."},
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules trained whole and saved beside the adapter; the projector is "
+            "multi_modal_projector."
+        },
     )
 
     def __post_init__(self) -> None:
-        """Refuse LoRA's options where no LoRA was asked for."""
+        """Refuse LoRA's options where no LoRA was asked for, and parts that are none."""
+        if unknown := set(self.lora_parts) - set(LINEAR_LAYERS):
+            raise UserError(f"lora_parts names {sorted(unknown)}; its values are llm and vit")
+        if not self.lora_parts:
+            raise UserError("lora_parts is empty; leave it out, or give llm, vit or both")
+        if self.lora_target_modules and self.lora_parts != ["llm"]:
+            raise UserError("lora_parts and lora_target_modules are both given; give one")
         for option in fields(self):
-            given = getattr(self, option.name) != option.default
+            default = ["llm"] if option.name == "lora_parts" else option.default
+            given = getattr(self, option.name) != default
             if option.name.startswith("lora_") and given and not self.use_peft:
                 raise UserError(f"{option.name} is given, but use_peft is not")
 
@@ -120,11 +144,24 @@ def parse_config(
         if flag.startswith("--") and name not in names | {"config"}:
             raise UserError(f"unknown option {flag}{_nearest(name, names)}")
     try:
-        return list(parser.parse_args_and_config(argv))
+        parsed = list(parser.parse_args_and_config(argv))
     except UserError:
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from None
+    _check_together(parsed)
+    return parsed
+
+
+def _check_together(parsed: Sequence[Any]) -> None:
+    """Refuse a part that is to be frozen and adapted, before a model is loaded."""
+    stage = next((args for args in parsed if isinstance(args, PackedTrainingArguments)), None)
+    model = next((args for args in parsed if isinstance(args, ModelArguments)), None)
+    if stage is None or model is None or not model.use_peft or model.lora_target_modules:
+        return  # names of modules are looked at when the adapter is on the model
+    for part in model.lora_parts:
+        if getattr(stage, f"freeze_{part}"):
+            raise UserError(f"freeze_{part} is set, but lora_parts has {part}")
 
 
 def _config_apart(argv: Sequence[str]) -> list[str]:
@@ -188,11 +225,12 @@ def peft_config(args: ModelArguments) -> Any:
         return None
     from peft import LoraConfig
 
+    layers = "|".join(LINEAR_LAYERS[part] for part in args.lora_parts)
     return LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        # a pattern on the module's path: the linear layers inside the language model's blocks
-        target_modules=args.lora_target_modules or r".*language_model\.layers\..*_proj",
+        target_modules=args.lora_target_modules or f".*({layers})",
+        modules_to_save=args.lora_modules_to_save,
         task_type="CAUSAL_LM",
     )

@@ -11,16 +11,13 @@ from transformers import TrainingArguments
 
 from training.arguments import PackedTrainingArguments
 
-# of transformers' options; of the stage's own, all but the free ones
+# of transformers' options; of ours, all but `free_on_resume`
 _SAME_RUN = (
     "per_device_train_batch_size", "world_size", "seed", "learning_rate", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "max_grad_norm",
     "max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
     "data_seed",
 )  # fmt: skip
-# options of ours that may change between a kill and a restart, beside `args.free_on_resume`
-_FREE = {"resume", "quarantine_file", "max_bad", "max_tokens_per_microbatch",
-         "max_tiles_per_microbatch"}  # fmt: skip
 
 
 def run_settings(
@@ -31,7 +28,8 @@ def run_settings(
     mixed_precision: accelerate's own word, since `accelerate launch` can set it, too.
     """
     base = {field.name for field in fields(TrainingArguments)}
-    own = [f.name for f in fields(args) if f.name not in base | _FREE | args.free_on_resume]
+    free = frozenset().union(*(vars(c).get("free_on_resume", ()) for c in type(args).__mro__))
+    own = [f.name for f in fields(args) if f.name not in base | free]
     values = {name: getattr(args, name) for name in (*_SAME_RUN, *own)}
     values["mixed_precision"] = mixed_precision
     if isinstance(model, PeftModel):

@@ -31,7 +31,7 @@ from internvl.errors import UserError
 from internvl.logprobs import TokenScores
 from internvl.model import adopt
 from internvl.packing import Example, PackedBatch, filler
-from training import refusals
+from training import parts, refusals
 from training.arguments import PackedTrainingArguments
 from training.batches import STEP_BATCH, StepBatch, StepCollator, StepLoader, StepSampler
 from training.encoders import make_encoder, set_checkpoint_step
@@ -56,6 +56,7 @@ class PackedTrainer(ResumableTrainer):
     # the metrics on the progress bar
     progress_metrics: tuple[str, ...] = ("loss",)
     late_checks: LateChecks | None = None  # where rows are checked when they are used
+    _rates_are_set = False  # the optimizer's groups are split by learning rate
 
     def __init__(
         self,
@@ -82,9 +83,7 @@ class PackedTrainer(ResumableTrainer):
                 f"options and the checkpoint {own.position_steps}"
             )
         set_checkpoint_step(internvl, args, peft_config)
-        if args.freeze_vision:
-            internvl.model.vision_tower.requires_grad_(False)
-            internvl.model.multi_modal_projector.requires_grad_(False)
+        parts.freeze_parts(internvl, args)
         self._metrics = Metrics()
         with refusals.told_in_one_line():
             if peft_config is not None:
@@ -92,6 +91,7 @@ class PackedTrainer(ResumableTrainer):
 
                 set_seed(args.seed)  # a restart must draw the same adapter: MPO's reference
                 model = get_peft_model(internvl, peft_config)
+            trained = parts.check_parts(model, args)
             super().__init__(
                 model=model,
                 args=args,
@@ -102,6 +102,8 @@ class PackedTrainer(ResumableTrainer):
             )
         refusals.refuse_other_backend(args, self.accelerator)
         refusals.warn_of_rounding(self)
+        if self.is_world_process_zero():
+            print(parts.describe_parts(self.model, trained))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(StageProgress(self.progress_metrics))
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, by global counts
@@ -179,9 +181,19 @@ class PackedTrainer(ResumableTrainer):
     # ---- the step ----
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Transformers' own; an optimizer that is not installed is one line."""
+        """Transformers' own, its groups split by learning rate where parts have one of their own.
+
+        An optimizer that is not installed is one line.
+        """
+        before = self.optimizer  # the user's own, or DeepSpeed's stand-in
         with refusals.told_in_one_line():
-            return super().create_optimizer(*args, **kwargs)
+            optimizer = super().create_optimizer(*args, **kwargs)
+        if parts.has_own_rates(self.packed_args) and not self._rates_are_set:
+            if before is not None:
+                raise UserError("learning rates by part need the optimizer that optim names")
+            parts.split_groups(optimizer, self.model, self.packed_args)
+            self._rates_are_set = True
+        return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' own; a schedule without the arguments it needs is one line."""
@@ -195,13 +207,16 @@ class PackedTrainer(ResumableTrainer):
             tiles = tiles.new_zeros((1, *tiles.shape[1:]))
         return normalize_tiles(self.processing_class, tiles)
 
+    def vision_inputs(self, batch: PackedBatch) -> dict[str, Tensor]:
+        """What the packed forward is given of the images: their pixels."""
+        return {"pixel_values": self.pixel_values(batch)}
+
     def score(self, model: nn.Module, batch: PackedBatch) -> TokenScores:
         """Log-probabilities of a micro-batch (on the CPU or the device) under `model`."""
         batch = batch.on(self.args.device)
-        pixels = self.pixel_values(batch)
         # accelerate wraps a model only once it is prepared; MPO's reference is scored before that
         with self.accelerator.autocast():
-            return model(packed=batch, pixel_values=pixels, **self.score_options())
+            return model(packed=batch, **self.vision_inputs(batch), **self.score_options())
 
     def _microbatches(self, step: StepBatch) -> Iterable[tuple[PackedBatch, bool]]:
         """This rank's micro-batches and, after them, fillers up to the slowest rank's number."""
