@@ -14,7 +14,7 @@ from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
 from mpo.config import MPOConfig
 from mpo.losses import RewardShift, mpo_loss, pair_terms
-from mpo.reference import Reference, ScoredPair
+from mpo.reference import open_reference
 from training.metrics import Metrics, sum_over_ranks
 from training.trainer import PackedTrainer
 
@@ -24,12 +24,11 @@ FIRST_LOSS_TOLERANCE = 1e-3
 class MPOTrainer(PackedTrainer):
     """Mixed preference optimisation of InternVL on rows of kind "pair".
 
-    The model as it is given is the reference; its log-probabilities are computed once, before the
-    first step (and before a checkpoint is loaded on resume), and kept in output_dir.
+    The model as it is given, with its adapter if it has one, is the reference (mpo/reference.py),
+    also where a checkpoint is loaded then.
     """
 
     progress_metrics = ("loss", "rewards/margins", "rewards/accuracies")
-    completion_value_names = ("ref_logps",)
 
     def __init__(
         self,
@@ -45,7 +44,8 @@ class MPOTrainer(PackedTrainer):
         self._announced = False
         super().__init__(model, args, train_dataset, processing_class, eval_dataset, **kwargs)
         self._weights = args.weights
-        self.reference = Reference(self)
+        self.reference = open_reference(self)
+        self.completion_value_names = self.reference.value_names
         self.train_dataset: Any = self.reference.rows(train_dataset, "train")
         if eval_dataset is not None:
             self.eval_dataset: Any = self.reference.rows(eval_dataset, "eval")
@@ -58,7 +58,7 @@ class MPOTrainer(PackedTrainer):
 
     # ---- what PackedTrainer asks for ----
 
-    def encode(self, row: ScoredPair) -> Example:
+    def encode(self, row: Any) -> Example:
         """A pair as one prompt with two completions and their reference log-probabilities."""
         return self.reference.encode(row)
 

@@ -162,7 +162,7 @@ def test_what_is_no_adapter_of_that_base(base: Path, tmp_path: Path) -> None:
         merge_adapter(base, tmp_path / "merged", progress=False)
     other = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     get_peft_model(load_model(base), other).save_pretrained(str(tmp_path / "ia3"))
-    with pytest.raises(UserError, match=r"peft_type is 'IA3'; only LORA can be merged"):
+    with pytest.raises(UserError, match=r"peft_type is 'IA3'; only LORA can be read"):
         merge_adapter(tmp_path / "ia3", tmp_path / "merged", progress=False)
     train(base, tmp_path / "adapter")
     with pytest.raises(UserError, match=r"published custom-code layout .*convert it first"):

@@ -71,7 +71,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("sft", {"per_device_eval_batch_size": 0}, "per_device_eval_batch_size is 0; it must be at"),
     ("sft", {"max_tiles_per_microbatch": 0}, "max_tiles_per_microbatch is 0; it must be at"),
     ("sft", {"max_length": 0}, "max_length is 0; it must be at least 1"),
-    ("mpo", {"reference_batch_size": 0}, "reference_batch_size is 0, at least 1"),
+    ("mpo", {"precompute_ref_batch_size": 0}, "precompute_ref_batch_size is 0, at least 1"),
+    (
+        *("mpo", {"precompute_ref_log_probs": False, "reference_cache_dir": "x"}),
+        "reference_cache_dir is given, but precompute_ref_log_probs is false",
+    ),
     (
         "mpo",
         {"save_total_limit": 1, "metric_for_best_model": "loss"},

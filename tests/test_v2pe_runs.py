@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors import safe_open
 from trainer_cases import (
     LARGE,
     Recorded,
@@ -50,11 +49,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reference_of(trainer: Any) -> tuple[str, list[float]]:
-    """The key of the reference's file and the log-probabilities that rows carry."""
-    path = Path(trainer.args.output_dir) / "reference" / "train.safetensors"
-    with safe_open(str(path), "pt") as file:
-        key = file.metadata()["key"]
-    return key, [pair.ref_chosen_logps for pair in trainer.train_dataset]
+    """The key of the reference and its pairs, and the log-probabilities that rows carry."""
+    return trainer.reference.keys["train"], [
+        pair.ref_chosen_logps for pair in trainer.train_dataset
+    ]
 
 
 def test_reference_and_policy_see_the_same_draws(
