@@ -1,19 +1,26 @@
 """Log-probabilities of given tokens without ever holding [tokens, vocabulary] for a whole batch.
 
 The output head and the log-softmax run over a few rows of hidden states at a time; in training
-each chunk is recomputed in backward, so that one chunk of logits is all that is ever alive.
+each chunk is recomputed in backward, so that one chunk of logits is all that is ever alive. A
+chunk's logits are the only tensor of that size: backward writes their gradient into them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 MAX_LOGITS = 2**24  # numbers of one chunk: 64 MiB in float32
+# of one chunk on a GPU: with a vocabulary of 152,000, 2^24 would be 110 rows, and a product of so
+# few rows waits for the head's weights to be read
+MAX_LOGITS_GPU = 2**26
+_BLOCK = 2**18  # numbers that a CPU works on at once: they stay in its cache
+WithEntropy = bool | Literal["grad"]  # "grad": the entropy carries a gradient
 
 
 @dataclass
@@ -21,11 +28,80 @@ class TokenScores:
     """What the head says of the scored tokens.
 
     logprobs: [N] float32, log p(token). entropy: [N] float32 of the distribution each token was
-    drawn from, detached, or None where it was not asked for.
+    drawn from, or None where it was not asked for; it has a gradient where asked for by "grad".
     """
 
     logprobs: Tensor
     entropy: Tensor | None
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    """Rows to work on at once: all on a GPU, few on a CPU."""
+    rows = len(logits)
+    size = max(1, _BLOCK // logits.shape[1]) if logits.device.type == "cpu" else max(1, rows)
+    for start in range(0, rows, size):
+        yield slice(start, start + size)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(logits / temperature)[target] and the entropy: [n, V] -> [n], [n] (or [0]).
+
+    Saves the logits and no second tensor of their size; backward turns them into their gradient in
+    place, so it can run once (a second time is autograd's error):
+
+        d logp / d z_j = (1[j = target] - p_j) / T        d H / d z_j = -p_j (log p_j + H) / T
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        forbidden: Tensor | None,
+        with_entropy: WithEntropy,
+    ) -> tuple[Tensor, Tensor]:
+        scaled = logits.float()
+        if temperature != 1.0:
+            scaled = scaled / temperature
+        if forbidden is not None:
+            scaled = scaled.index_fill(1, forbidden, float("-inf"))
+        normaliser = scaled.new_empty(len(scaled))
+        entropy = scaled.new_empty(len(scaled) if with_entropy else 0)
+        for rows in _blocks(scaled):
+            normaliser[rows] = scaled[rows].logsumexp(1)
+            if with_entropy:
+                every = scaled[rows] - normaliser[rows, None]
+                entropy[rows] = -(every.exp() * _finite(every, forbidden)).sum(1)
+        logprobs = scaled.gather(1, targets[:, None])[:, 0] - normaliser
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(scaled, targets, normaliser, entropy, forbidden)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        if with_entropy != "grad":
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        scaled, targets, normaliser, entropy, forbidden = ctx.saved_tensors
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(normaliser)
+        weight = grad_logprobs / ctx.temperature
+        for rows in _blocks(scaled):
+            every = scaled[rows].sub_(normaliser[rows, None])
+            outer = -weight[rows, None]
+            if grad_entropy is not None:
+                surprise = _finite(every, forbidden) + entropy[rows, None]
+                outer = outer - grad_entropy[rows, None] / ctx.temperature * surprise
+            every.exp_().mul_(outer).scatter_add_(1, targets[rows, None], weight[rows, None])
+        return scaled.to(ctx.dtype), None, None, None, None
+
+
+def _finite(logprobs: Tensor, forbidden: Tensor | None) -> Tensor:
+    """Log-probabilities with 0 for a forbidden token: p log p -> 0, where it would be 0 * -inf."""
+    return logprobs if forbidden is None else logprobs.masked_fill(logprobs.isneginf(), 0.0)
 
 
 def _score_chunk(
@@ -34,20 +110,12 @@ def _score_chunk(
     lm_head: nn.Module,
     temperature: float,
     forbidden: Tensor | None,
-    with_entropy: bool,
+    with_entropy: WithEntropy,
 ) -> tuple[Tensor, Tensor]:
-    logits = lm_head(hidden).float() / temperature
-    if forbidden is not None:
-        logits = logits.index_fill(1, forbidden, float("-inf"))
-    normaliser = logits.logsumexp(1)
-    logprobs = logits.gather(1, targets[:, None])[:, 0] - normaliser
-    if not with_entropy:
-        return logprobs, logprobs.new_zeros(0)
-    with torch.no_grad():
-        every = logits.detach() - normaliser.detach()[:, None]
-        # p log p -> 0 for a forbidden token, where it would be 0 * -inf
-        entropy = -(every.exp() * every.masked_fill(every.isneginf(), 0.0)).sum(1)
-    return logprobs, entropy
+    logits = lm_head(hidden)
+    scores = _TokenLogprobs.apply(logits, targets, temperature, forbidden, with_entropy)
+    assert isinstance(scores, tuple)
+    return scores
 
 
 def score_tokens(
@@ -57,15 +125,18 @@ def score_tokens(
     *,
     temperature: float = 1.0,
     forbidden: Sequence[int] = (),
-    with_entropy: bool = False,
+    with_entropy: WithEntropy = False,
     vocab_size: int,
-    max_logits: int = MAX_LOGITS,
+    max_logits: int | None = None,
 ) -> TokenScores:
     """Log-probabilities (and entropies) of `targets` under the head.
 
     hidden: [N, D]; targets: [N]. temperature divides the logits and `forbidden` ids have no
-    probability, as in the sampler that drew the tokens. At most `max_logits` logits live at once.
+    probability, as in the sampler that drew the tokens. At most `max_logits` logits live at once
+    (by default MAX_LOGITS, on a GPU MAX_LOGITS_GPU).
     """
+    if max_logits is None:
+        max_logits = MAX_LOGITS if hidden.device.type == "cpu" else MAX_LOGITS_GPU
     rows = max(1, max_logits // vocab_size)
     mask = torch.tensor(list(forbidden), device=hidden.device) if forbidden else None
     logprobs, entropies = [], []

@@ -8,6 +8,7 @@ own model. The class keeps the name of its parent: a checkpoint names it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from internvl.attention import SHARED_PREFIX
 from internvl.errors import UserError
-from internvl.logprobs import MAX_LOGITS, TokenScores, score_tokens
+from internvl.logprobs import TokenScores, WithEntropy, score_tokens
 from internvl.packing import PackedBatch
 
 
@@ -30,8 +31,16 @@ class InternVLForConditionalGeneration(transformers.InternVLForConditionalGenera
         """False: weights have the parent's names, so transformers' name conversions apply."""
         return False
 
-    def forward(self, *args: Any, packed: PackedBatch | None = None, **kwargs: Any) -> Any:
-        """transformers' forward, or `score_packed` when `packed` is given."""
+    def forward(
+        self,
+        *args: Any,
+        packed: PackedBatch | None = None,
+        vision_of: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' forward, or `score_packed`, or `vision_features`, as is asked for."""
+        if vision_of is not None:
+            return self.vision_features(vision_of)
         if packed is None:
             return super().forward(*args, **kwargs)
         # PEFT passes every argument of transformers' forward on, most of them as None
@@ -41,20 +50,25 @@ class InternVLForConditionalGeneration(transformers.InternVLForConditionalGenera
     def score_packed(
         self,
         packed: PackedBatch,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         *,
+        vision_features: Tensor | None = None,
         temperature: float = 1.0,
         forbidden: Sequence[int] = (),
-        with_entropy: bool = False,
-        max_logits: int = MAX_LOGITS,
+        with_entropy: WithEntropy = False,
+        max_logits: int | None = None,
     ) -> TokenScores:
         """Log-probabilities of a micro-batch's scored tokens.
 
         packed: on the model's device. pixel_values: float [X, 3, H, W], the batch's tiles
         normalised; a batch without images brings one dummy tile, whose features are used times
-        zero, so that every rank's backward reaches every parameter.
+        zero, so that every rank's backward reaches every parameter. vision_features: [X, P, D],
+        what `vision_features` made of them before, instead of pixel_values.
         """
-        features = self.model.get_image_features(pixel_values=pixel_values).pooler_output
+        if vision_features is None:
+            features = self.model.get_image_features(pixel_values=pixel_values).pooler_output
+        else:
+            features = self.model.multi_modal_projector(vision_features.to(self.dtype))
         features = features.flatten(0, 1)
         embeds = self.get_input_embeddings()(packed.input_ids)
         if len(packed.image_positions):
@@ -91,6 +105,22 @@ class InternVLForConditionalGeneration(transformers.InternVLForConditionalGenera
             # no token is scored: this ties the filler's graph to the result, times zero
             scores.logprobs = scores.logprobs + 0.0 * self.lm_head(hidden[:1]).sum()
         return scores
+
+    def vision_features(self, pixel_values: Tensor) -> Tensor:
+        """What the projector is given: pixels [X, 3, H, W] -> [X, P, D], P visual tokens a tile.
+
+        Where the vision tower is frozen they never change and can be kept.
+        """
+        layer = self.config.vision_feature_layer
+        tower = self.model.vision_tower
+        out = tower(pixel_values=pixel_values.to(self.dtype), output_hidden_states=layer != -1)
+        hidden = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
+        if self.config.vision_feature_select_strategy == "default":
+            hidden = hidden[:, 1:]  # without the class token
+        side = math.isqrt(hidden.shape[1])
+        grid = hidden.unflatten(1, (side, side))
+        ratio = self.config.downsample_ratio
+        return self.model.pixel_shuffle(grid, scale_factor=ratio).flatten(1, 2)
 
 
 def adopt(model: torch.nn.Module) -> InternVLForConditionalGeneration:

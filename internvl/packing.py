@@ -30,6 +30,8 @@ class Example:
     token. image_slots: where the image features go, counted from the start of prompt + first
     completion. loss_masks: True where a completion's token is scored (None: everywhere).
     slot_steps: how far each of image_slots moves the position on (None: 1, as any token).
+    vision_features: [X, P, D], the vision tower's of the prompt's tiles where it need not run again
+    (tiles is then empty).
     """
 
     prompt_ids: list[int]
@@ -40,6 +42,7 @@ class Example:
     token_values: dict[str, list[list[float]]] = field(default_factory=dict)
     loss_masks: list[list[bool]] | None = None
     slot_steps: list[float] | None = None
+    vision_features: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -76,7 +79,7 @@ class PackedBatch:
     example_of_completion: [C]; lengths: [C], scored tokens. completion_values: {name: [C]};
     token_values: {name: [N]}. example_index: [E], the examples' places in the step's batch. real:
     False for the filler that a rank runs when it has no micro-batch left; its completions are
-    none, so every sum over it is 0.
+    none, so every sum over it is 0. vision_features: [X, P, D] where the examples brought them.
     """
 
     input_ids: Tensor
@@ -93,6 +96,7 @@ class PackedBatch:
     token_values: dict[str, Tensor]
     example_index: Tensor
     real: bool = True
+    vision_features: Tensor | None = None
 
     @property
     def num_completions(self) -> int:
@@ -219,7 +223,14 @@ def pack(examples: Sequence[Example], indices: Sequence[int] | None = None) -> P
         completion_values={name: torch.tensor(items) for name, items in values.items()},
         token_values={name: torch.tensor(items) for name, items in token_values.items()},
         example_index=torch.tensor(indices, dtype=torch.long),
+        vision_features=_cat_features(chosen),
     )
+
+
+def _cat_features(examples: Sequence[Example]) -> Tensor | None:
+    given = [e.vision_features for e in examples if e.vision_features is not None]
+    assert len(given) in (0, len(examples)), "features of all examples of a row, or of none"
+    return torch.cat(given) if given else None
 
 
 def filler(names: Sequence[str], token_names: Sequence[str], tile_shape: torch.Size) -> PackedBatch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 from internvl.errors import cli_guard
 
@@ -47,6 +46,7 @@ def main() -> None:
     args, model_args = parse_config(
         [RLConfig, ModelArguments], "python -m rl", about=_ABOUT, example=_EXAMPLE
     )
+    from internvl.adapters import base_of
     from internvl.sampler import choose_backend, open_sampler
     from rewards import VerifierPool
     from rl.rewarding import check_asked, check_judge, make_terms, make_verifier
@@ -58,7 +58,8 @@ def main() -> None:
     verifier = make_verifier(args, VerifierPool(args.verifier_workers, limit=args.verifier_limit))
     if verifier.judge is not None:
         check_judge(verifier.judge)
-    backend = choose_backend(Path(model_args.model_name_or_path), args.sampler)
+    whole = base_of(model_args.model_name_or_path)  # an adapter comes with the first weights
+    backend = choose_backend(whole, args.sampler)
     stage = open_stage(model_args, args)
     rows = stage.rows(
         *(args.train_file, "question"),
@@ -68,7 +69,7 @@ def main() -> None:
     check_asked(verifier.judge, args, rows)
     longest = max(stage.encoder.length(row, "question") for row in rows)
     sampler = open_sampler(
-        model_args.model_name_or_path,
+        whole,
         backend=backend,
         seed=args.seed,
         max_model_len=longest + args.max_completion_length,

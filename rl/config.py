@@ -9,12 +9,15 @@ from typing import ClassVar
 from internvl.errors import UserError
 from rewards.judging_options import JudgeOptions
 from rewards.pool import DEFAULT_LIMIT
+from rl.loss_options import LossOptions
 from training.arguments import PackedTrainingArguments
 
 
 @dataclass
-class RLConfig(JudgeOptions, PackedTrainingArguments):
-    """Options of GSPO; see PackedTrainingArguments for the common ones, JudgeOptions for a judge.
+class RLConfig(LossOptions, JudgeOptions, PackedTrainingArguments):
+    """Options of the online stage; see PackedTrainingArguments for the common ones.
+
+    LossOptions say which loss it is, JudgeOptions ask a judge.
 
     `per_device_train_batch_size` counts groups (questions) of one optimizer step; a rollout batch
     is `steps_per_generation` times as many, sampled from one version of the weights.
@@ -29,11 +32,6 @@ class RLConfig(JudgeOptions, PackedTrainingArguments):
     )
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     max_completion_length: int = field(default=1024, metadata={"help": "Tokens of a completion."})
-    epsilon: float = field(default=3e-4, metadata={"help": "Lower clip, eps_low."})
-    epsilon_high: float = field(default=4e-4, metadata={"help": "Upper clip, eps_high."})
-    scale_rewards: bool = field(
-        default=True, metadata={"help": "Divide advantages by the group's standard deviation."}
-    )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["accuracy", "format"],
         metadata={
@@ -97,6 +95,13 @@ class RLConfig(JudgeOptions, PackedTrainingArguments):
     log_completions: bool = field(
         default=False, metadata={"help": "Write every rollout to output_dir/rollouts."}
     )
+    freeze_vit: bool = field(
+        default=True,
+        metadata={
+            "help": "Do not train the vision tower (as published); each image then passes it once "
+            "a rollout batch."
+        },
+    )
     free_on_resume: ClassVar[frozenset[str]] = frozenset(
         {"verifier_workers", "judge_base_url", "judge_api_key_env", "judge_timeout"}
         | {"judge_max_retries", "judge_max_concurrency", "judge_cache"}
@@ -117,8 +122,7 @@ class RLConfig(JudgeOptions, PackedTrainingArguments):
             raise UserError(f"steps_per_generation is {self.steps_per_generation}, at least 1")
         if self.temperature <= 0:
             raise UserError(f"temperature is {self.temperature}; greedy rollouts have no spread")
-        if not (0 < self.epsilon < 1 and self.epsilon_high > 0):
-            raise UserError("epsilon and epsilon_high are clips around 1: 0 < epsilon < 1")
+        self.check_loss_options()
         if self.sampler not in ("auto", "vllm", "transformers"):
             raise UserError(f"sampler is {self.sampler!r}: 'auto', 'vllm' or 'transformers'")
         if self.eval_strategy != "no" or self.eval_on_start:

@@ -31,7 +31,7 @@ class Group:
     log-probability of each of them; advantages, rewards (None: could not be judged), outcomes: one
     each. terms: what the rewards are made of, by name, one each. weight_version: optimizer steps
     that the sampling weights had behind them. old_logprobs: the trainer's own log-probabilities
-    before the rollout batch's first step, where needed.
+    before the rollout batch's first step, where needed; ref_logprobs: the reference's.
     """
 
     question: int
@@ -46,6 +46,7 @@ class Group:
     terms: dict[str, list[float | None]]
     weight_version: int
     old_logprobs: list[list[float]] | None = None
+    ref_logprobs: list[list[float]] | None = None
 
     @property
     def spread(self) -> bool:
@@ -99,7 +100,8 @@ class RolloutSettings:
     seed: int
     rank: int
     world_size: int
-    scale_rewards: bool
+    scale_rewards: str
+    advantage_estimator: str = "grpo"
 
 
 class RolloutMaker:
@@ -157,14 +159,19 @@ class RolloutMaker:
         part: slice,
         weight_version: int,
     ) -> Group:
-        rewards = rewarded.rewards[part]
+        rewards, settings = rewarded.rewards[part], self.settings
         return Group(
             question=index,
             completions=[list(completion.token_ids) for completion in completions],
             texts=[completion.text for completion in completions],
             sampler_logprobs=[list(completion.logprobs) for completion in completions],
             rewards=rewards,
-            advantages=group_advantages(rewards, scale=self.settings.scale_rewards),
+            advantages=group_advantages(
+                rewards,
+                # of all ranks' rewards, when they are known: see rl.refill
+                scale="none" if settings.scale_rewards == "batch" else settings.scale_rewards,
+                estimator=settings.advantage_estimator,
+            ),
             outcomes=[str(verdict.outcome) for verdict in rewarded.verdicts[part]],
             formats=rewarded.formats[part],
             clipped=rewarded.clipped[part],

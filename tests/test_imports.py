@@ -187,7 +187,7 @@ def test_allowed_directions_are_quiet(tmp_path):
     imports = tree(
         tmp_path,
         rl__train="from internvl import chat\nimport training, rewards\nfrom . import losses\n",
-        rl__deep__train="from ..losses import gspo_loss\nimport torch\n",
+        rl__deep__train="from ..losses import policy_loss\nimport torch\n",
         internvl__sampler="def f():\n    import vllm\n",
     )
     assert len(imports) == 7

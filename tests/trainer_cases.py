@@ -14,6 +14,7 @@ from plain import Plain, call_processor, load_plain, noise_image, plain_logprobs
 from torch import Tensor
 from transformers import TrainerCallback
 
+from internvl.adapters import base_of, put_adapter
 from internvl.chat import load_processor
 from internvl.checkpoint import load_model
 from internvl.data import Row
@@ -261,16 +262,21 @@ def make_trainer(
     peft_config: Any = None,
     **options: Any,
 ) -> Any:
-    """A trainer of the tiny model on CPU; `options` over COMMON."""
+    """A trainer of the tiny model (or an adapter of it) on CPU; `options` over COMMON."""
     config, kind = STAGES[stage]
-    processor = load_processor(str(model))
+    base = base_of(model)
+    processor = load_processor(str(base))
+    started: Any = load_model(base)
+    if base != model:
+        started = put_adapter(started, model, base=base, trainable=True)
     extra: dict[str, Any] = {}
     if stage == "rl":
         extra["sampler"] = ScriptedSampler(model)
+        options = {"freeze_vit": False, **options}
     else:
         extra["eval_dataset"] = rows[: options.pop("eval_rows", 3)]
     return _watched(kind, recorded)(
-        model=load_model(model),
+        model=started,
         args=config(output_dir=str(output), **{**COMMON, **options}),
         train_dataset=rows,
         processing_class=processor,

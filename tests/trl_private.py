@@ -196,12 +196,29 @@ def dpo_trainer_loss(trainer: Any, inputs: dict[str, Any]) -> Tensor:
     return loss
 
 
+def orpo_loss(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, weight: float) -> Tensor:
+    """The odds-ratio part of ORPOTrainer's loss, which adds -weight (its beta) times this mean."""
+    from trl.experimental.orpo import ORPOTrainer
+
+    trainer = SimpleNamespace(beta=weight, accelerator=one_process())
+    losses = ORPOTrainer.odds_ratio_loss(trainer, chosen_mean_logps, rejected_mean_logps)[0]
+    return -losses.mean()
+
+
 def grpo_loss(
-    logprobs: Tensor, old: Tensor, mask: Tensor, advantages: Tensor, **options: Any
+    logprobs: Tensor,
+    old: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    *,
+    entropies: Tensor | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, list[float]]]:
     """GRPOTrainer's loss of a rollout batch and its metrics; by default GSPO's, sequence level.
 
-    logprobs, old, mask: [G, T]. advantages: [G]. options: over the trainer's attributes.
+    logprobs, old, mask, entropies: [G, T]. advantages: [G]. inputs: beside these, what the loss
+    reads of a batch. options: over the trainer's attributes.
     """
     metrics: dict[str, Any] = {"train": defaultdict(list)}
     attributes = {
@@ -221,17 +238,18 @@ def grpo_loss(
         "_entropy_bonus_enabled": False,
         "_metrics": metrics,
         "_get_per_token_logps_and_entropies": lambda *_, **__: (
-            *(logprobs, torch.zeros_like(logprobs), None),
+            *(logprobs, torch.zeros_like(logprobs) if entropies is None else entropies, None),
         ),
     }
     ids = torch.zeros_like(mask)
-    inputs = {
+    batch = {
         "prompt_ids": ids[:, :1],
         "prompt_mask": torch.ones_like(ids[:, :1]),
         "completion_ids": ids,
         "completion_mask": mask,
         "advantages": advantages,
         "old_per_token_logps": old,
+        **(inputs or {}),
     }
     trainer = SimpleNamespace(**{**attributes, **options})
-    return trl.GRPOTrainer._compute_loss(trainer, None, inputs), metrics["train"]
+    return trl.GRPOTrainer._compute_loss(trainer, None, batch), metrics["train"]
