@@ -34,8 +34,8 @@ _SFT_CURVES = {
 }
 _MPO_CURVES = {
     "loss": "MPO loss",
-    "loss/dpo": "Preference loss (DPO)",
-    "loss/bco": "Quality loss (BCO)",
+    "loss/sigmoid": "Preference loss (DPO)",
+    "loss/bco_pair": "Quality loss (BCO)",
     "loss/sft": "Generation loss (SFT)",
     "rewards/chosen": "Reward of chosen",
     "rewards/rejected": "Reward of rejected",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from internvl.errors import UserError
-from mpo.losses import LossWeights
+from mpo.loss_set import LOSSES, MPO_WEIGHTS, LossSet
 from training.arguments import PackedTrainingArguments
+
+_SMOOTHED = [name for name, loss in LOSSES.items() if loss.reads_label_smoothing]
 
 
 @dataclass
@@ -22,10 +26,30 @@ class MPOConfig(PackedTrainingArguments):
         default="", metadata={"help": "Pairs: JSONL, MMPR meta.json, parquet, saved data set."}
     )
     eval_file: str | None = field(default=None, metadata={"help": "Held-out pairs."})
-    beta: float = field(default=0.1, metadata={"help": "Strength of the pull to the reference."})
-    loss_weights: list[float] = field(
-        default_factory=lambda: [0.8, 0.2, 1.0],
-        metadata={"help": "Weights of DPO, BCO and SFT: w_p w_q w_g (0 0 1: the control)."},
+    loss_type: list[str] = field(
+        default_factory=lambda: [*MPO_WEIGHTS],
+        metadata={
+            "help": f"Losses, by TRL's names: {' '.join(LOSSES)} (orpo is ours: the odds ratio). "
+            "orpo and sft alone need no reference."
+        },
+    )
+    loss_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "A weight for each of loss_type; 0: measured only. By default MPO's 0.8 0.2 "
+            "1.0 for sigmoid, bco_pair and sft together, and 1 each for others."
+        },
+    )
+    beta: float = field(
+        default=0.1, metadata={"help": "Strength of the pull to the reference; ipo's tau."}
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "Share of pairs held to be flipped: sigmoid (cDPO) and robust read it."},
+    )
+    log_entropy: bool = field(
+        default=False,
+        metadata={"help": "Log the entropy at the completions' tokens (one more read of logits)."},
     )
     precompute_ref_log_probs: bool = field(
         default=True,
@@ -50,26 +74,58 @@ class MPOConfig(PackedTrainingArguments):
         """Check MPO's own options."""
         if not self.train_file:
             raise UserError("train_file is missing: the JSONL (or meta.json) of preference pairs")
-        if self.beta <= 0:
-            raise UserError(f"beta is {self.beta}; it must be positive")
+        self._check_losses()
         size = self.precompute_ref_batch_size
         if size < 1:
             raise UserError(f"precompute_ref_batch_size is {size}, at least 1")
         if self.reference_cache_dir is not None and not self.precompute_ref_log_probs:
             raise UserError("reference_cache_dir is given, but precompute_ref_log_probs is false")
-        if len(self.loss_weights) != 3 or min(self.loss_weights) < 0 or not any(self.loss_weights):
-            raise UserError(
-                f"loss_weights is {self.loss_weights}; give three numbers >= 0, not all 0: "
-                "w_p w_q w_g"
-            )
         super().__post_init__()
 
     @property
     def needs_reference(self) -> bool:
         """Whether the loss looks at the reference's log-probabilities."""
-        return True
+        return self.losses.needs_reference
 
     @property
-    def weights(self) -> LossWeights:
-        """loss_weights by name."""
-        return LossWeights(*self.loss_weights)
+    def losses(self) -> LossSet:
+        """What is minimised."""
+        assert self.loss_weights is not None  # __post_init__ fills it in
+        weights = dict(zip(self.loss_type, self.loss_weights, strict=True))
+        return LossSet(weights, self.beta, self.label_smoothing)
+
+    def _check_losses(self) -> None:
+        """Check the losses and their numbers, and fill in the weights."""
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        for name in self.loss_type:
+            if name not in LOSSES:
+                near = difflib.get_close_matches(name, LOSSES, n=1)
+                known = f"did you mean {near[0]!r}?" if near else f"it is one of {[*LOSSES]}"
+                raise UserError(f"loss_type has {name!r}; {known}")
+        if len(set(self.loss_type)) < len(self.loss_type) or not self.loss_type:
+            raise UserError(f"loss_type is {self.loss_type}; name at least one, and each once")
+        if self.loss_weights is None:
+            paper = set(self.loss_type) == set(MPO_WEIGHTS)
+            self.loss_weights = [MPO_WEIGHTS[n] if paper else 1.0 for n in self.loss_type]
+        if len(self.loss_weights) != len(self.loss_type):
+            raise UserError(
+                f"loss_weights is {self.loss_weights}; give a number for each of loss_type "
+                f"{self.loss_type}"
+            )
+        if not all(0 <= w < math.inf for w in self.loss_weights) or not any(self.loss_weights):
+            raise UserError(f"loss_weights is {self.loss_weights}; give numbers >= 0, not all 0")
+        if not 0 < self.beta < math.inf:
+            raise UserError(f"beta is {self.beta}; it must be positive")
+        if not self.losses.needs_reference and self.beta != 0.1:
+            raise UserError(
+                f"beta is {self.beta}, which loss_type {self.loss_type} does not read (the weight "
+                "of orpo is its number in loss_weights)"
+            )
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"label_smoothing is {self.label_smoothing}; it is from 0 to below 0.5")
+        if self.label_smoothing and not set(_SMOOTHED) & set(self.loss_type):
+            raise UserError(
+                f"label_smoothing is {self.label_smoothing}, which only {_SMOOTHED} of loss_type "
+                f"read, not {self.loss_type}"
+            )

@@ -1,23 +1,25 @@
-"""MPO's three losses, as pure functions (Wang et al. 2024, arXiv 2411.10442, section 3.2).
+"""Losses of preference pairs, as pure functions: MPO's three and their relatives.
 
-    L = w_p L_p + w_q L_q + w_g L_g                                                   (eq. 3)
+    L = w_p L_p + w_q L_q + w_g L_g        MPO: DPO + BCO + SFT, arXiv 2411.10442, eq. 3
 
-    paper            here                    shape, meaning
-    log pi(y|x)      chosen_logps, rejected_logps        [P] sums over response tokens
-    log pi_0(y|x)    ref_chosen_logps, ref_rejected_logps [P] the same under the reference
-    beta             beta                    strength of the pull to the reference
-    r(y)             implicit_rewards        beta (log pi - log pi_0)
-    delta            delta                   BCO's reward shift, a constant of the step
+    paper            here                     shape, meaning
+    log pi(y|x)      chosen_logps, ...        [P] sums over response tokens
+    log pi_0(y|x)    ref_chosen_logps, ...    [P] the same under the reference
+    |y|              chosen_lengths, ...      [P] response tokens, the end of turn among them
+    beta             beta                     strength of the pull to the reference
+    r(y)             implicit_rewards         [P] beta (log pi - log pi_0)
+    delta            delta                    BCO's reward shift, a constant of the step
 
-Every function returns one value a pair; `mpo_loss` divides by the global number of pairs, so that
-no packing, micro-batching or number of processes changes the result.
+Each function gives one value a pair. mpo/loss_set.py weighs those that a run asks for (`loss_type`
+and `loss_weights`, by TRL's names) and divides by the global number of pairs, so that no packing,
+micro-batching or number of processes changes the result.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -27,19 +29,30 @@ def implicit_rewards(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
     return beta * (logps - ref_logps)
 
 
-def dpo_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """L_p = -log sigma(r(y_c) - r(y_r)), the relative preference (eq. 4); [P] -> [P].
+# ---- MPO's own three ----
 
-    Policy = reference gives log 2:
 
-    >>> round(float(dpo_loss(torch.zeros(1), torch.zeros(1))), 6)
+def dpo_loss(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """L_p = -log sigma(r(y_c) - r(y_r)), the relative preference (MPO's eq. 4); [P] -> [P].
+
+    label_smoothing e makes it cDPO (Mitchell 2023, "A note on DPO with noisy preferences"): (1 - e)
+    times this loss + e times that of the pair the other way round. (TRL 1.16 reads no smoothing
+    in `sigmoid`.)
+
+    >>> round(float(dpo_loss(torch.zeros(1), torch.zeros(1))), 6)  # policy = reference: log 2
     0.693147
     """
-    return -logsigmoid(chosen_rewards - rejected_rewards)
+    margins = chosen_rewards - rejected_rewards
+    loss = -logsigmoid(margins)
+    if not label_smoothing:
+        return loss
+    return (1 - label_smoothing) * loss - label_smoothing * logsigmoid(-margins)
 
 
 def bco_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, delta: float) -> Tensor:
-    """L_q = -log sigma(r(y_c) - delta) - log sigma(-(r(y_r) - delta)), eq. 5-7; [P] -> [P].
+    """L_q = -log sigma(r(y_c) - delta) - log sigma(-(r(y_r) - delta)), MPO's eq. 5-7; [P] -> [P].
 
     The absolute quality of each response: the chosen one above the shift delta, the rejected one
     below it. delta is the mean reward of all steps before (see `RewardShift`).
@@ -52,7 +65,7 @@ def bco_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, delta: float) -> 
 
 
 def generation_loss(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
-    """L_g = -log pi(y_c|x) / |y_c|, eq. 8: per sequence, not per batch token; [P] -> [P].
+    """L_g = -log pi(y_c|x) / |y_c|, MPO's eq. 8: per sequence, not per batch token; [P] -> [P].
 
     >>> float(generation_loss(torch.tensor([-6.0]), torch.tensor([3])))
     2.0
@@ -60,64 +73,62 @@ def generation_loss(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
     return -chosen_logps / chosen_lengths
 
 
-@dataclass(frozen=True)
-class LossWeights:
-    """(w_p, w_q, w_g); the paper's are (0.8, 0.2, 1.0)."""
-
-    preference: float = 0.8
-    quality: float = 0.2
-    generation: float = 1.0
-
-    def first_loss(self, nll: float) -> float:
-        """The loss while policy = reference and delta = 0: w_p ln 2 + w_q 2 ln 2 + w_g nll.
-
-        With the paper's weights that is 1.2 ln 2 + nll.
-        """
-        ln2 = math.log(2.0)
-        return self.preference * ln2 + self.quality * 2 * ln2 + self.generation * nll
+# ---- other losses of a preference ----
 
 
-@dataclass
-class PairTerms:
-    """The parts of the loss, each [P], and the rewards behind them, detached, [P]."""
+def robust_dpo_loss(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, label_smoothing: float
+) -> Tensor:
+    """DPO without the bias of labels flipped with probability e < 1/2; [P] -> [P].
 
-    preference: Tensor
-    quality: Tensor
-    generation: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
+    ((1 - e) L_p(y_c, y_r) - e L_p(y_r, y_c)) / (1 - 2 e): arXiv 2403.00409, eq. 12.
 
-
-def pair_terms(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    chosen_lengths: Tensor,
-    *,
-    beta: float,
-    delta: float,
-) -> PairTerms:
-    """All three losses of a set of pairs; every argument [P]."""
-    chosen = implicit_rewards(chosen_logps, ref_chosen_logps, beta)
-    rejected = implicit_rewards(rejected_logps, ref_rejected_logps, beta)
-    return PairTerms(
-        preference=dpo_loss(chosen, rejected),
-        quality=bco_loss(chosen, rejected, delta),
-        generation=generation_loss(chosen_logps, chosen_lengths),
-        chosen_rewards=chosen.detach(),
-        rejected_rewards=rejected.detach(),
-    )
+    >>> r_c, r_r = torch.tensor([1.0]), torch.tensor([0.0])
+    >>> round(float(robust_dpo_loss(r_c, r_r, 0.1)), 6)  # (0.9 * 0.313262 - 0.1 * 1.313262) / 0.8
+    0.188262
+    """
+    margins = chosen_rewards - rejected_rewards
+    kept, flipped = -logsigmoid(margins), -logsigmoid(-margins)
+    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def mpo_loss(terms: PairTerms, weights: LossWeights, num_pairs: float) -> Tensor:
-    """w_p L_p + w_q L_q + w_g L_g, each summed here and divided by the global number of pairs."""
-    weighted = (
-        weights.preference * terms.preference
-        + weights.quality * terms.quality
-        + weights.generation * terms.generation
-    )
-    return weighted.sum() / num_pairs
+def ipo_loss(chosen_log_ratios: Tensor, rejected_log_ratios: Tensor, beta: float) -> Tensor:
+    """(h(y_c) - h(y_r) - 1 / (2 beta))^2, beta the paper's tau: arXiv 2310.12036, eq. 17; [P].
+
+    *_log_ratios: h, the mean over the response's tokens of log pi - log pi_0. The paper writes no
+    length; the mean is TRL's, by word of its authors, and what they report was computed with it.
+
+    >>> float(ipo_loss(torch.tensor([2.0]), torch.tensor([0.0]), 0.1))  # (2 - 5)^2
+    9.0
+    """
+    return (chosen_log_ratios - rejected_log_ratios - 1 / (2 * beta)).square()
+
+
+def hinge_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+    """max(0, 1 - (r(y_c) - r(y_r))): SLiC's hinge (arXiv 2305.10425, eq. 1) on rewards; [P].
+
+    >>> hinge_loss(torch.tensor([0.25, 3.0]), torch.zeros(2)).tolist()
+    [0.75, 0.0]
+    """
+    return torch.relu(1 - (chosen_rewards - rejected_rewards))
+
+
+def odds_ratio_loss(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor) -> Tensor:
+    """-log sigma(log odds(y_c) - log odds(y_r)): ORPO's L_OR, arXiv 2403.07691, eq. 7; [P] -> [P].
+
+    odds(y) = p / (1 - p), log p the mean log-probability of the response's tokens. It needs no
+    reference; ORPO itself is this (weight lambda) + SFT.
+
+    >>> round(float(odds_ratio_loss(torch.tensor([0.5]).log(), torch.tensor([0.2]).log())), 6)
+    0.223144
+    """
+    return -logsigmoid(log_odds(chosen_mean_logps) - log_odds(rejected_mean_logps))
+
+
+def log_odds(mean_logps: Tensor) -> Tensor:
+    """log p - log(1 - p) of log p <= 0, finite also where p rounds to 1; [P] -> [P]."""
+    below_one = mean_logps.clamp_max(-torch.finfo(mean_logps.dtype).eps)
+    return below_one - (-torch.expm1(below_one)).log()
 
 
 @dataclass

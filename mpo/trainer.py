@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from internvl.data import Row
 from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
 from mpo.config import MPOConfig
-from mpo.losses import RewardShift, mpo_loss, pair_terms
+from mpo.loss_set import Pairs
+from mpo.losses import RewardShift
 from mpo.reference import open_reference
 from training.metrics import Metrics, sum_over_ranks
 from training.trainer import PackedTrainer
@@ -43,7 +44,7 @@ class MPOTrainer(PackedTrainer):
         self._step_rewards = {"total": 0.0, "count": 0.0}
         self._announced = False
         super().__init__(model, args, train_dataset, processing_class, eval_dataset, **kwargs)
-        self._weights = args.weights
+        self._losses = args.losses
         self.reference = open_reference(self)
         self.completion_value_names = self.reference.value_names
         self.train_dataset: Any = self.reference.rows(train_dataset, "train")
@@ -66,39 +67,46 @@ class MPOTrainer(PackedTrainer):
         """The number of pairs."""
         return {"examples": float(len(examples))}
 
+    def score_options(self) -> dict[str, Any]:
+        """The entropy where it is to be logged."""
+        return {"with_entropy": True} if self.mpo_args.log_entropy else {}
+
     def loss(
         self, scores: TokenScores, batch: PackedBatch, counts: dict[str, float]
     ) -> tuple[Tensor, Metrics]:
-        """w_p L_p + w_q L_q + w_g L_g over the step's pairs."""
+        """The weighted losses over the step's pairs; MPO's: w_p L_p + w_q L_q + w_g L_g."""
         logps = batch.sum_by_completion(scores.logprobs)
-        ref_logps = self.reference.logps(batch).to(logps.dtype)
-        chosen, rejected = slice(0, None, 2), slice(1, None, 2)
-        terms = pair_terms(
-            logps[chosen],
-            logps[rejected],
-            ref_logps[chosen],
-            ref_logps[rejected],
-            batch.lengths[chosen],
-            beta=self.mpo_args.beta,
-            delta=self.shift.delta,
-        )
-        if torch.is_grad_enabled():
-            rewards = torch.cat([terms.chosen_rewards, terms.rejected_rewards])
-            self._step_rewards["total"] += float(rewards.cpu().double().sum())  # MPS has no double
-            self._step_rewards["count"] += len(rewards)
+        needs_reference = self._losses.needs_reference
+        ref_logps = self.reference.logps(batch).to(logps.dtype) if needs_reference else None
+        pairs = Pairs.alternating(logps, batch.lengths, ref_logps)
+        terms = self._losses.terms(pairs, self.shift.delta)
+        metrics = self._pair_metrics(pairs, terms)
+        if scores.entropy is not None:
+            metrics.mean("entropy", scores.entropy)
+        return self._losses.total(terms, counts["examples"]), metrics
+
+    def _pair_metrics(self, pairs: Pairs, terms: Mapping[str, Tensor]) -> Metrics:
+        """TRL's keys, and every loss; in training the rewards are put aside for delta."""
         metrics = Metrics()
-        metrics.mean("loss/dpo", terms.preference)
-        metrics.mean("loss/bco", terms.quality)
-        metrics.mean("loss/sft", terms.generation)
-        metrics.mean("rewards/chosen", terms.chosen_rewards)
-        metrics.mean("rewards/rejected", terms.rejected_rewards)
-        metrics.mean("rewards/margins", terms.chosen_rewards - terms.rejected_rewards)
-        right = (terms.chosen_rewards > terms.rejected_rewards).float()
-        metrics.mean("rewards/accuracies", right)
-        metrics.mean("logps/chosen", logps[chosen])
-        metrics.mean("logps/rejected", logps[rejected])
-        metrics.ratio("bco/delta", self.shift.delta * len(right), len(right))
-        return mpo_loss(terms, self._weights, counts["examples"]), metrics
+        for name, term in terms.items():
+            metrics.mean(f"loss/{name}", term)
+        # without a reference the mean log-probabilities are compared, as TRL's ORPOTrainer does
+        needs_reference = self._losses.needs_reference
+        rewards = pairs.rewards(self._losses.beta) if needs_reference else pairs.mean_logps
+        chosen, rejected = (values.detach() for values in rewards)
+        metrics.mean("rewards/chosen", chosen)
+        metrics.mean("rewards/rejected", rejected)
+        metrics.mean("rewards/margins", chosen - rejected)
+        metrics.mean("rewards/accuracies", (chosen > rejected).float())
+        metrics.mean("logps/chosen", pairs.chosen_logps)
+        metrics.mean("logps/rejected", pairs.rejected_logps)
+        if self._losses.needs_delta:
+            metrics.ratio("bco/delta", self.shift.delta * len(chosen), len(chosen))
+            if torch.is_grad_enabled():
+                both = torch.cat([chosen, rejected]).cpu().double()  # MPS has no double
+                self._step_rewards["total"] += float(both.sum())
+                self._step_rewards["count"] += len(both)
+        return metrics
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -106,7 +114,8 @@ class MPOTrainer(PackedTrainer):
         """PackedTrainer's step; then delta takes the step's rewards in, once."""
         self._step_rewards = {"total": 0.0, "count": 0.0}
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.shift.update(**sum_over_ranks(self._step_rewards, self.args.device))
+        if self._losses.needs_delta:
+            self.shift.update(**sum_over_ranks(self._step_rewards, self.args.device))
         if self.state.global_step == 0 and not self._announced:
             self._announce(float(loss))
         return loss
@@ -117,14 +126,19 @@ class MPOTrainer(PackedTrainer):
         so_far = Metrics()
         so_far.merge(self._metrics)
         so_far.reduce(self.args.device)
-        nll = so_far.values()["loss/sft"]
-        expected = self._weights.first_loss(nll)
         if not self.is_world_process_zero():
             return
-        w = self._weights
+        means = so_far.values()
+        measured = {name: means[f"loss/{name}"] for name in self._losses.weights}
+        expected = self._losses.first_loss(measured)
+        if expected is None:
+            names = " and ".join(self._losses.weights)
+            print(f"first loss {loss:.6f}; {names} can be anything there, so it is not checked")
+            return
+        parts = [f"{words} {measured[name]:.6f}" for name, words in self._losses.measured.items()]
         print(
-            f"first loss {loss:.6f}, expected {expected:.6f} = {w.preference:g} ln2 + "
-            f"{w.quality:g} * 2 ln2 + {w.generation:g} * nll, nll {nll:.6f}"
+            f"first loss {loss:.6f}, expected {expected:.6f} = "
+            + ", ".join([self._losses.first_loss_words, *parts])
         )
         if abs(loss - expected) > FIRST_LOSS_TOLERANCE:
             print(

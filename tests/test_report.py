@@ -35,7 +35,7 @@ LOGGED = {
     "sft-careful": {"loss": (2.9, 0.4), "learning_rate": (1e-3, 1e-4)},
     "sft": {"loss": (0.9, 0.5), "learning_rate": (5e-4, 1e-5)},
     "mpo": {
-        "loss": (1.27, 0.86), "loss/dpo": (0.69, 0.41), "loss/bco": (1.39, 1.02),
+        "loss": (1.27, 0.86), "loss/sigmoid": (0.69, 0.41), "loss/bco_pair": (1.39, 1.02),
         "loss/sft": (0.44, 0.33), "rewards/chosen": (0.0, 0.41), "rewards/rejected": (0.0, -1.3),
         "rewards/margins": (0.0, 1.7), "rewards/accuracies": (0.5, 0.84),
         "bco/delta": (0.0, -0.3), "grad_norm": (6.0, 3.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -322,10 +323,10 @@ def test_first_loss_that_is_off_is_told(
 ) -> None:
     rows = pairs(images, 3)
     train("mpo", tiny_model, tmp_path / "a", rows, per_device_train_batch_size=3)
-    told, *others = capsys.readouterr().out.splitlines()
-    assert "expected" in told and "1.2" not in told
-    assert not any("WARNING" in line for line in others)
-    assert "0.8 ln2 + 0.2 * 2 ln2 + 1 * nll" in told
+    lines = capsys.readouterr().out.splitlines()
+    (told,) = [line for line in lines if line.startswith("first loss ")]
+    assert not any("WARNING" in line for line in lines)
+    assert "= 0.8 * ln2 + 0.2 * 2 ln2 + 1 * nll, nll " in told
     config = lora(lora_dropout=0.9)
     # adapters that are not zero at the start, or dropout would change nothing
     config.init_lora_weights = False
@@ -348,8 +349,18 @@ REFUSED = [
     ("sft", {"train_file": ""}, "train_file is missing"),
     ("sft", {"stop_gold_probability": 0.5}, "stop_gold_probability needs"),
     ("mpo", {"beta": 0.0}, "beta is 0.0"),
-    ("mpo", {"loss_weights": [1.0, 1.0]}, "loss_weights"),
-    ("mpo", {"loss_weights": [0.0, 0.0, 0.0]}, "loss_weights"),
+    ("mpo", {"beta": math.nan}, "beta is nan"),
+    ("mpo", {"loss_weights": [1.0, 1.0]}, "give a number for each of loss_type"),
+    ("mpo", {"loss_weights": [0.0, 0.0, 0.0]}, "not all 0"),
+    ("mpo", {"loss_weights": [math.inf, 0.0, 0.0]}, "give numbers >= 0"),
+    ("mpo", {"loss_type": ["ipo"], "loss_weights": [-1.0]}, "give numbers >= 0"),
+    ("mpo", {"loss_type": "bco_pear"}, "has 'bco_pear'; did you mean 'bco_pair'?"),
+    ("mpo", {"loss_type": ["exo_pair"]}, "loss_type has 'exo_pair'; "),
+    ("mpo", {"loss_type": []}, "name at least one"),
+    ("mpo", {"loss_type": ["sft", "ipo", "sft"]}, "each once"),
+    ("mpo", {"loss_type": ["orpo", "sft"], "beta": 0.2}, "beta is 0.2, which loss_type"),
+    ("mpo", {"loss_type": ["ipo"], "label_smoothing": 0.1}, "which only"),
+    ("mpo", {"label_smoothing": 0.5}, "label_smoothing is 0.5; it is from 0 to below 0.5"),
     ("mpo", {"gradient_accumulation_steps": 4}, "gradient_accumulation_steps is 4"),
     ("rl", {}, "max_steps is missing"),
     ("rl", {"max_steps": 1, "num_generations": 1}, "num_generations is 1"),
