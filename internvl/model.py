@@ -17,14 +17,19 @@ import torch
 import transformers
 from torch import Tensor
 
-from internvl.attention import SHARED_PREFIX
+from internvl.attention import AUTO, SHARED_PREFIX
 from internvl.errors import UserError
 from internvl.logprobs import TokenScores, WithEntropy, score_tokens
 from internvl.packing import PackedBatch
 
 
 class InternVLForConditionalGeneration(transformers.InternVLForConditionalGeneration):
-    """transformers' InternVL with a packed forward that returns log-probabilities."""
+    """transformers' InternVL with a packed forward that returns log-probabilities.
+
+    attention_backend: how a packed row's attention is computed (`internvl.attention`); may be set.
+    """
+
+    attention_backend: str = AUTO
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -90,6 +95,7 @@ class InternVLForConditionalGeneration(transformers.InternVLForConditionalGenera
             attention_mask=None,
             use_cache=False,
             layout=packed.layout,
+            attention_backend=self.attention_backend,
         ).last_hidden_state[0]
         scores = score_tokens(
             hidden.index_select(0, packed.sources),
