@@ -42,6 +42,13 @@ def vocabulary(cases: Cases) -> int:
 # ---------------------------------------------------------------- chunks
 
 
+def same_gradients(ours: Tensor, theirs: Tensor, hidden: Tensor, head: torch.nn.Linear) -> None:
+    found = torch.autograd.grad(ours, (hidden, head.weight))
+    wanted = torch.autograd.grad(theirs, (hidden, head.weight), retain_graph=True)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
 @given(st.integers(0, 13), st.integers(1, 15), st.booleans(), st.sampled_from([1.0, 0.7]))
 @settings(max_examples=40)
 def test_chunks_are_the_whole(tokens: int, rows: int, forbid: bool, temperature: float) -> None:
@@ -58,24 +65,32 @@ def test_chunks_are_the_whole(tokens: int, rows: int, forbid: bool, temperature:
     logits[:, forbidden] = -torch.inf
     every = logits.log_softmax(1)
     expected = every[torch.arange(tokens), targets]
-    wanted = torch.autograd.grad(expected.sum(), (hidden, head.weight))
-    probabilities = every.exp()
-    entropy = -torch.where(probabilities > 0, probabilities * every, 0.0).sum(1)
+    finite = every.masked_fill(every.isneginf(), 0.0)
+    entropy = -(every.exp() * finite).sum(1)
+    # what a loss hands back differs from token to token
+    weights = torch.randn(2, tokens, generator=generator)
 
-    scores = score_tokens(
-        *(hidden, targets, head),
-        temperature=temperature,
-        forbidden=forbidden,
-        with_entropy=True,
-        vocab_size=vocab,
-        max_logits=rows * vocab,
-    )
+    options: dict[str, Any] = {"temperature": temperature, "forbidden": forbidden}
+    options |= {"vocab_size": vocab, "max_logits": rows * vocab}
+    scores = score_tokens(hidden, targets, head, with_entropy=True, **options)
     assert torch.allclose(scores.logprobs, expected, atol=1e-6)
     assert scores.entropy is not None and not scores.entropy.requires_grad
     assert torch.allclose(scores.entropy, entropy, atol=1e-6)
-    found = torch.autograd.grad(scores.logprobs.sum(), (hidden, head.weight))
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-5)
+    same_gradients(
+        (scores.logprobs * weights[0]).sum(), (expected * weights[0]).sum(), hidden, head
+    )
+
+    scores = score_tokens(hidden, targets, head, with_entropy="grad", **options)
+    assert scores.entropy is not None
+    same_gradients(
+        (scores.logprobs * weights[0] + scores.entropy * weights[1]).sum(),
+        (expected * weights[0] + entropy * weights[1]).sum(),
+        *(hidden, head),
+    )
+
+    scores = score_tokens(hidden, targets, head, with_entropy="grad", **options)
+    assert scores.entropy is not None
+    same_gradients(scores.entropy.sum(), entropy.sum(), hidden, head)
 
 
 @pytest.mark.parametrize("rows", [1, 7])
