@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 
+from internvl.attention import Case, check_backend
 from internvl.errors import UserError
 from internvl.positions import check_step
 
@@ -65,7 +66,8 @@ class PackedTrainingArguments(TrainingArguments):
     # options that may change between a kill and a restart; a stage names its own beside these
     free_on_resume: ClassVar[frozenset[str]] = frozenset(
         {"resume", "quarantine_file", "max_bad"}
-        | {"max_tokens_per_microbatch", "max_tiles_per_microbatch"}
+        # how a row is computed, but for its rounding not what
+        | {"max_tokens_per_microbatch", "max_tiles_per_microbatch", "attention_backend"}
     )
 
     max_tokens_per_microbatch: int = field(
@@ -116,6 +118,13 @@ class PackedTrainingArguments(TrainingArguments):
         metadata={
             "help": "Each layer of the vision tower learns at this times the rate of the next one "
             "(0 < decay <= 1), its last at this times vit_learning_rate."
+        },
+    )
+    attention_backend: str = field(
+        default="auto",
+        metadata={
+            "help": "How a packed row's attention is computed: segments, split, varlen, flash or "
+            "flex (docs/attention.md); auto takes the fastest that is there, by measuring."
         },
     )
     image_root: str | None = field(
@@ -193,6 +202,7 @@ class PackedTrainingArguments(TrainingArguments):
                 "the weights of the uninterrupted one"
             )
         super().__post_init__()
+        check_backend(self.attention_backend, Case(self.device.type))
         if any(word in self.optim.value for word in _OTHER_STEPS):
             raise UserError(f"optim is {self.optim.value!r}, which does not fit a packed step")
         one = self.save_total_limit == 1 and self.save_strategy != "best"

@@ -49,11 +49,11 @@ def check_backend(name: str, case: Case) -> None:
         raise UserError(f"attention_backend {name!r} cannot run here: {lack}")
 
 
-def check_language_model(config: Any, name: str = AUTO, device: str = "cpu") -> None:
+def check_language_model(config: Any) -> None:
     """Raise `UserError` for a text_config whose attention or routing a packed row does not do.
 
-    Sliding windows, attention sinks, capped scores and router losses are refused on every backend;
-    attention_dropout on all but `segments`.
+    Sliding windows, attention sinks, capped scores and router losses. (attention_dropout is done
+    by `segments` alone: see `check_backend`.)
     """
     kind = config.model_type
     layers = getattr(config, "layer_types", None) or []
@@ -72,8 +72,6 @@ def check_language_model(config: Any, name: str = AUTO, device: str = "cpu") -> 
             "text_config.output_router_logits is true, but a packed row has no router loss: set it "
             "to false"
         )
-    dropout = getattr(config, "attention_dropout", 0.0) or 0.0
-    check_backend(name, Case(device, dropout=dropout))
 
 
 _chosen: dict[tuple[str, Case], Backend] = {}  # one answer for all models of a shape
