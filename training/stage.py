@@ -28,6 +28,7 @@ from internvl.encoding import Encoder
 from internvl.errors import UserError
 from internvl.model import InternVLForConditionalGeneration
 from training.arguments import PackedTrainingArguments
+from training.attention import check_checkpoint_attention
 from training.cli import ModelArguments
 from training.encoders import make_encoder
 
@@ -107,6 +108,7 @@ def check_eval_file(args: PackedTrainingArguments, file: str | None) -> None:
 def open_stage(model_args: ModelArguments, args: PackedTrainingArguments) -> Stage:
     """Load the model and processor that a stage starts from."""
     set_seed(args.seed)
+    check_checkpoint_attention(args, model_args.model_name_or_path, model_args.dtype)
     processor = load_processor(model_args.model_name_or_path)
     model = load_model(model_args.model_name_or_path, dtype=model_args.dtype)
     own = model.config.text_config.max_position_embeddings

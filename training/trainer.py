@@ -33,6 +33,7 @@ from internvl.model import adopt
 from internvl.packing import Example, PackedBatch, filler
 from training import parts, refusals
 from training.arguments import PackedTrainingArguments
+from training.attention import use_attention
 from training.batches import STEP_BATCH, StepBatch, StepCollator, StepLoader, StepSampler
 from training.encoders import make_encoder, set_checkpoint_step
 from training.late_checks import LateChecks
@@ -75,6 +76,7 @@ class PackedTrainer(ResumableTrainer):
             )
         refusals.refuse_unread(kwargs)
         internvl = adopt(model)
+        use_attention(internvl, args)
         own = make_encoder(internvl, processing_class, args)
         self.encoder = encoder or own
         if self.encoder.position_steps != own.position_steps:
