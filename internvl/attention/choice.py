@@ -171,13 +171,17 @@ def difference(
 def wall_clock(device: torch.device) -> Clock:
     """Seconds of a call on a device: the median of a few, after one that is not counted."""
 
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     def clock(call: Callable[[], object]) -> float:
         seconds = []
         for _ in range(ROUNDS + 1):
-            torch.accelerator.synchronize(device)
+            wait()
             start = time.perf_counter()
             call()
-            torch.accelerator.synchronize(device)
+            wait()
             seconds.append(time.perf_counter() - start)
         return sorted(seconds[1:])[ROUNDS // 2]
 
