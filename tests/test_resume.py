@@ -142,9 +142,12 @@ def refusal(run: StageRun) -> str:
     return line
 
 
-def test_a_run_that_had_ended(make: Make) -> None:
+def test_a_run_that_had_ended(make: Make, tiny_world: Path, tmp_path: Path) -> None:
     """Started again it trains nothing; with anything else changed it is refused."""
-    run = make("sft", max_steps=2)  # half an epoch: transformers' own resume would add a step
+    data = tmp_path / "sft.jsonl"
+    data.write_text((tiny_world / "sft.jsonl").read_text())
+    # half an epoch: transformers' own resume would add a step
+    run = make("sft", max_steps=2, train_file=str(data))
     run.finish()
     weights, logged = run.weights(), run.logged()
     last = run.folder / "checkpoint-2"
@@ -152,9 +155,15 @@ def test_a_run_that_had_ended(make: Make) -> None:
     assert run.weights() == weights
     assert run.logged() == logged
 
-    said = refusal(make("sft", max_steps=2, learning_rate=2e-3))
+    changes = {"max_steps": 2, "train_file": str(data)}
+    said = refusal(make("sft", **changes, learning_rate=2e-3))
     assert f"{last} was made with other settings (learning_rate: 0.001 then, 0.002 now)." in said
-    assert refusal(make("sft", max_steps=2, resume="never")) == (
+    as_it_was = data.read_text()
+    data.write_text(as_it_was.replace("Final", "final"))  # as many rows, under the same name
+    said = refusal(run)
+    assert f"{last} was made with other settings (content of train_file: '" in said
+    data.write_text(as_it_was)
+    assert refusal(make("sft", **changes, resume="never")) == (
         f"error: {run.folder} holds checkpoints and resume is 'never'"
     )
 

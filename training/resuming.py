@@ -7,6 +7,7 @@ stage and each rank can keep a state of their own, and that another run's checkp
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import Trainer
 
 from internvl.checkpoint import checksum, load_weights
 from internvl.conversion.originals import carry_originals
+from internvl.data.fingerprint import fingerprint
 from internvl.errors import UserError
 from internvl.model import InternVLForConditionalGeneration
 from training import checkpoints, refusals
@@ -58,7 +60,13 @@ class ResumableTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         settings = run_settings(self.packed_args, model, self.accelerator.mixed_precision)
         rows = self.train_dataset
-        return {**settings, "train_examples": None if rows is None else len(rows)}
+        number = None if rows is None else len(rows)
+        return {**settings, "train_examples": number, "content of train_file": self._train_data}
+
+    @cached_property
+    def _train_data(self) -> str | None:
+        """What the training rows are; a stage that hashes its rows itself has None here."""
+        return None if self.train_dataset is None else fingerprint(self.train_dataset)
 
     def _trainable(self) -> list[tuple[str, Tensor]]:
         model = self.accelerator.unwrap_model(self.model)
@@ -148,10 +156,11 @@ class ResumableTrainer(Trainer):
         """
         output_dir = Path(self.args.output_dir)
         folder = checkpoints.newest_complete(output_dir)
+        settings = self._settings()  # of the data as they are before the first step
         if self.packed_args.resume == "never" and checkpoints.all_checkpoints(output_dir):
             raise UserError(f"{output_dir} holds checkpoints and resume is 'never'")
         if folder is not None:
-            checkpoints.check_same_run(folder, self._settings())
+            checkpoints.check_same_run(folder, settings)
             refusals.refuse_sharded(self, "going on from a checkpoint")
         checkpoints.refuse_foreign(output_dir)
         self._wait_for_all()

@@ -18,6 +18,7 @@ from typing import Any, overload
 
 from internvl.data import preferences, records
 from internvl.data.cache import CACHED_FROM, cached_file
+from internvl.data.fingerprint import digest_of, file_digest, fingerprint
 from internvl.data.quarantine import Quarantine
 from internvl.data.records import Kind, find_fault, record_key, tidy_record
 from internvl.data.rows import Row
@@ -32,6 +33,10 @@ class RowSequence(Sequence[Row]):
 
     def row(self, index: int) -> Row:
         """The row of a number from 0."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str | None:
+        """What tells these rows from others; see `internvl.data.fingerprint`."""
         raise NotImplementedError
 
     @overload
@@ -62,6 +67,11 @@ class Selection(RowSequence):
     def row(self, index: int) -> Row:
         """The row of a number from 0."""
         return self._rows[self._numbers[index]]
+
+    def fingerprint(self) -> str | None:
+        """The whole's, and the numbers."""
+        whole = fingerprint(self._rows)
+        return None if whole is None else digest_of([whole, *self._numbers])
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,19 @@ class Rows(RowSequence):
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    def fingerprint(self) -> str:
+        """Of every data set the bytes of its files, what is left out, and what is said of it."""
+        return digest_of(
+            [
+                [
+                    *(file_digest(file) for file in part.data_set.source.files()),
+                    None if part.kept is None else part.kept.tolist(),
+                    [part.data_set.repeat, part.data_set.max_tiles],
+                ]
+                for part in self._parts
+            ]
+        )
 
     def row(self, index: int) -> Row:
         """The row of a number from 0, read from its file."""
