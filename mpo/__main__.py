@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from internvl.errors import cli_guard
+from internvl.startup import collector_paused
 
 _ABOUT = """\
 Mixed preference optimisation of InternVL (DPO + BCO + SFT) on pairs of completions; the model
@@ -31,14 +32,16 @@ reason. An error that you can mend is one line, with exit code 2."""
 
 def main() -> None:
     """Train on preference pairs and save a checkpoint folder in output_dir."""
-    from mpo.config import MPOConfig
-    from training.cli import ModelArguments, parse_config, peft_config
+    with collector_paused():
+        from mpo.config import MPOConfig
+        from training.cli import ModelArguments, parse_config, peft_config
 
     args, model_args = parse_config(
         [MPOConfig, ModelArguments], "python -m mpo", about=_ABOUT, example=_EXAMPLE
     )
-    from mpo.trainer import MPOTrainer
-    from training.stage import check_eval_file, check_files, open_stage, save_config
+    with collector_paused():
+        from mpo.trainer import MPOTrainer
+        from training.stage import check_eval_file, check_files, open_stage, save_config
 
     check_files(args.train_file, args.eval_file)
     check_eval_file(args, args.eval_file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from internvl.errors import cli_guard
+from internvl.startup import collector_paused
 
 _ABOUT = """\
 Online reinforcement learning of InternVL by GSPO: groups of completions are sampled from the
@@ -40,18 +41,20 @@ reason. An error that you can mend is one line, with exit code 2."""
 
 def main() -> None:
     """Train on questions by their verified rollouts and save a checkpoint folder in output_dir."""
-    from rl.config import RLConfig
-    from training.cli import ModelArguments, parse_config, peft_config
+    with collector_paused():
+        from rl.config import RLConfig
+        from training.cli import ModelArguments, parse_config, peft_config
 
     args, model_args = parse_config(
         [RLConfig, ModelArguments], "python -m rl", about=_ABOUT, example=_EXAMPLE
     )
-    from internvl.adapters import base_of
-    from internvl.sampler import choose_backend, open_sampler
-    from rewards import VerifierPool
-    from rl.rewarding import check_asked, check_judge, make_terms, make_verifier
-    from rl.trainer import RLTrainer
-    from training.stage import check_files, open_stage, save_config
+    with collector_paused():
+        from internvl.adapters import base_of
+        from internvl.sampler import choose_backend, open_sampler
+        from rewards import VerifierPool
+        from rl.rewarding import check_asked, check_judge, make_terms, make_verifier
+        from rl.trainer import RLTrainer
+        from training.stage import check_files, open_stage, save_config
 
     check_files(args.train_file)
     make_terms(args)  # an error now, and not when the model is loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from internvl.errors import cli_guard
+from internvl.startup import collector_paused
 
 _ABOUT = """\
 Supervised fine-tuning of InternVL: next-token loss on the assistant's turns of conversations."""
@@ -30,14 +31,16 @@ reason. An error that you can mend is one line, with exit code 2."""
 
 def main() -> None:
     """Train on conversations and save a checkpoint folder in output_dir."""
-    from sft.config import SFTConfig
-    from training.cli import ModelArguments, parse_config, peft_config
+    with collector_paused():
+        from sft.config import SFTConfig
+        from training.cli import ModelArguments, parse_config, peft_config
 
     args, model_args = parse_config(
         [SFTConfig, ModelArguments], "python -m sft", about=_ABOUT, example=_EXAMPLE
     )
-    from sft.trainer import SFTTrainer
-    from training.stage import check_eval_file, check_files, open_stage, save_config
+    with collector_paused():
+        from sft.trainer import SFTTrainer
+        from training.stage import check_eval_file, check_files, open_stage, save_config
 
     check_files(args.train_file, args.eval_file)
     check_eval_file(args, args.eval_file)
