@@ -278,11 +278,11 @@ def test_turns_that_cannot_stand_before_a_question(tmp_path: Path, tiny_model: P
     """What only the tokenizer sees is found with the lengths."""
     encoder = Encoder(load_processor(str(tiny_model)), max_length=60)
     history = [{"from": "human", "value": "Hi <|im_end|>"}, {"from": "gpt", "value": "Hello"}]
-    rows = read(write(tmp_path / "a.jsonl", [{**PAIR, "history": history}]), kind="pair")
-    assert "turn 0 of 'history' holds the control token" in str(encoder.length_fault(*rows, "pair"))
+    (row,) = read(write(tmp_path / "a.jsonl", [{**PAIR, "history": history}]), kind="pair")
+    assert "turn 0 of 'history' holds the control token" in str(encoder.length_fault(row, "pair"))
     history[0]["value"] = "red " * 60
-    rows = read(write(tmp_path / "b.jsonl", [{**PAIR, "history": history}]), kind="pair")
-    assert "over max_length 60" in str(encoder.length_fault(*rows, "pair"))
+    (row,) = read(write(tmp_path / "b.jsonl", [{**PAIR, "history": history}]), kind="pair")
+    assert "over max_length 60" in str(encoder.length_fault(row, "pair"))
 
 
 @pytest.mark.parametrize("embed", [False, True])
