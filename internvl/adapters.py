@@ -13,7 +13,7 @@ from internvl.conversion.shards import read_json
 from internvl.errors import UserError
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from torch import nn
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -96,3 +96,20 @@ def put_adapter(
     for settings in wrapped.peft_config.values():
         settings.base_model_name_or_path = str(base)  # what is saved of it finds its base
     return wrapped
+
+
+def given_adapter(model: nn.Module, peft_config: PeftConfig | None) -> PeftConfig | None:
+    """The configuration of the adapter that a model has already, or None.
+
+    Raises `UserError` where it has several, or is to get (peft_config) another one.
+    """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return None
+    names = [*model.peft_config]
+    if names != ["default"]:
+        raise UserError(f"the model has the adapters {names}; expected one, named 'default'")
+    if peft_config is not None:
+        raise UserError("the model has an adapter already; peft_config would put on another")
+    return model.peft_config["default"]

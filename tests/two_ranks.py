@@ -85,6 +85,7 @@ EMPTY = ([3, 2], [3, 0])
 CASES = {
     "mpo-uneven-last": Case("mpo", 10, 3, UNEVEN),
     "mpo-empty-last": Case("mpo", 8, 3, EMPTY, {"gradient_checkpointing": True}),
+    "mpo-live": Case("mpo", 8, 3, EMPTY, {"precompute_ref_log_probs": False}),
     "sft-uneven-last": Case("sft", 10, 3, UNEVEN, {"loss_average": "token"}),
     "sft-empty-last": Case("sft", 8, 3, EMPTY, {"num_train_epochs": 2}),
     "sft-frozen": Case("sft", 8, 3, EMPTY, {"freeze_vit": True, "freeze_projector": True}),

@@ -18,6 +18,7 @@ import yaml
 from transformers import TrainingArguments
 from trl import TrlParser
 
+from internvl.adapters import is_adapter
 from internvl.errors import UserError
 from training.arguments import PackedTrainingArguments
 
@@ -33,7 +34,10 @@ class ModelArguments:
     """Which model a stage starts from, and how it is trained: whole or by LoRA."""
 
     model_name_or_path: str = field(
-        metadata={"help": "Folder of the InternVL checkpoint to start from (the reference, too)."}
+        metadata={
+            "help": "Folder to start from (the reference, too): an InternVL checkpoint, or an "
+            "adapter that an earlier stage trained, beside use_peft."
+        }
     )
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters only."})
@@ -69,6 +73,21 @@ class ModelArguments:
             given = getattr(self, option.name) != default
             if option.name.startswith("lora_") and given and not self.use_peft:
                 raise UserError(f"{option.name} is given, but use_peft is not")
+            if option.name.startswith("lora_") and given and self.goes_on:
+                raise UserError(
+                    f"{option.name} is given, but {self.model_name_or_path} is an adapter with "
+                    "settings of its own, which is trained on"
+                )
+        if self.goes_on and not self.use_peft:
+            raise UserError(
+                f"{self.model_name_or_path} is an adapter: set use_peft to train it on, or make a "
+                f"whole model of it and its base: internvl merge {self.model_name_or_path} OUT"
+            )
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether an earlier stage's adapter is trained on."""
+        return is_adapter(self.model_name_or_path)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -220,8 +239,8 @@ def _nearest(name: str, known: set[str]) -> str:
 
 
 def peft_config(args: ModelArguments) -> Any:
-    """The LoRA configuration that the arguments ask for, or None."""
-    if not args.use_peft:
+    """The configuration of the new LoRA that the arguments ask for, or None."""
+    if not args.use_peft or args.goes_on:
         return None
     from peft import LoraConfig
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import distributed as dist
 from transformers import InternVLProcessor, set_seed
 
+from internvl.adapters import base_of, put_adapter
 from internvl.chat import load_processor
 from internvl.checkpoint import load_model
 from internvl.data import (
@@ -37,7 +39,7 @@ from training.encoders import make_encoder
 class Stage:
     """A stage's model and processor, and the reader of its rows."""
 
-    model: InternVLForConditionalGeneration
+    model: InternVLForConditionalGeneration | PeftModel
     processor: InternVLProcessor
     encoder: Encoder
     args: PackedTrainingArguments
@@ -106,11 +108,13 @@ def check_eval_file(args: PackedTrainingArguments, file: str | None) -> None:
 
 
 def open_stage(model_args: ModelArguments, args: PackedTrainingArguments) -> Stage:
-    """Load the model and processor that a stage starts from."""
+    """Load the model and processor that a stage starts from, an adapter with its base."""
     set_seed(args.seed)
-    check_checkpoint_attention(args, model_args.model_name_or_path, model_args.dtype)
-    processor = load_processor(model_args.model_name_or_path)
-    model = load_model(model_args.model_name_or_path, dtype=model_args.dtype)
+    folder = Path(model_args.model_name_or_path)
+    base = base_of(folder)
+    check_checkpoint_attention(args, base, model_args.dtype)
+    processor = load_processor(str(base))
+    model = load_model(base, dtype=model_args.dtype)
     own = model.config.text_config.max_position_embeddings
     limit = args.max_length or own
     if limit > own:
@@ -124,7 +128,9 @@ def open_stage(model_args: ModelArguments, args: PackedTrainingArguments) -> Sta
         raise UserError(f"{error.filename}: cannot be made: {error.strerror}") from None
     if args.process_index == 0:
         path.unlink(missing_ok=True)  # the rows are read anew, and put aside anew
-    return Stage(model, processor, make_encoder(model, processor, args), args, path)
+    encoder = make_encoder(model, processor, args)
+    whole = model if base == folder else put_adapter(model, folder, base=base, trainable=True)
+    return Stage(whole, processor, encoder, args, path)
 
 
 def save_config(args: PackedTrainingArguments, model_args: ModelArguments) -> None:

@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
+from peft import PeftModel
 from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import InternVLProcessor, ProgressCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
+from internvl.adapters import given_adapter
 from internvl.chat import normalize_tiles
 from internvl.encoding import Encoder
 from internvl.errors import UserError
@@ -45,10 +47,11 @@ from training.resuming import ResumableTrainer
 class PackedTrainer(ResumableTrainer):
     """The one trainer; a stage subclasses it with `encode`, `count` and `loss`.
 
-    model: InternVL (transformers' or ours). args: the stage's options. train_dataset,
-    eval_dataset: sequences of rows that `encode` understands. processing_class: the checkpoint's
-    InternVLProcessor. peft_config: a PEFT configuration for adapter training. encoder: how rows
-    become ids and tiles; by default from `processing_class` and the options.
+    model: InternVL (transformers' or ours), or a PeftModel of it, whose one adapter is trained on.
+    args: the stage's options. train_dataset, eval_dataset: sequences of rows that `encode`
+    understands. processing_class: the checkpoint's InternVLProcessor. peft_config: a PEFT
+    configuration for adapter training. encoder: how rows become ids and tiles; by default from
+    `processing_class` and the options.
     """
 
     # the names that every Example of the stage carries, for the filler of an idle rank
@@ -75,7 +78,8 @@ class PackedTrainer(ResumableTrainer):
                 "nn.DataParallel is not supported: start one process a GPU with accelerate launch"
             )
         refusals.refuse_unread(kwargs)
-        internvl = adopt(model)
+        given = given_adapter(model, peft_config)
+        internvl = adopt(model.get_base_model() if isinstance(model, PeftModel) else model)
         use_attention(internvl, args)
         own = make_encoder(internvl, processing_class, args)
         self.encoder = encoder or own
@@ -84,7 +88,7 @@ class PackedTrainer(ResumableTrainer):
                 f"the encoder's position_steps are {self.encoder.position_steps}, those of the "
                 f"options and the checkpoint {own.position_steps}"
             )
-        set_checkpoint_step(internvl, args, peft_config)
+        set_checkpoint_step(internvl, args, peft_config or given)
         parts.freeze_parts(internvl, args)
         self._metrics = Metrics()
         with refusals.told_in_one_line():
