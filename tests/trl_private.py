@@ -190,10 +190,10 @@ def dpo_loss(
     return loss, metrics["train"]
 
 
-def dpo_trainer_loss(trainer: Any, inputs: dict[str, Any]) -> Tensor:
-    """The loss of a real DPOTrainer on a batch of its own collator, with its gradient's graph."""
+def dpo_trainer_loss(trainer: Any, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, list[float]]]:
+    """The loss and metrics of a real DPOTrainer on a batch of its own collator."""
     loss: Tensor = trainer._compute_loss(trainer.model, inputs, return_outputs=False)
-    return loss
+    return loss, trainer._metrics["train"]
 
 
 def orpo_loss(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, weight: float) -> Tensor:
