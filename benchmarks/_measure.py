@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,21 @@ def seconds(action: Callable[[], Any], device: str) -> tuple[Any, float]:
     result = action()
     torch.cuda.synchronize()
     return result, time.perf_counter() - start
+
+
+def optimizer_step(trainer: Any, model: Any, optimizer: Any, inputs: Any) -> None:
+    """A trainer's training_step, then clipping and the optimizer, as transformers' loop does."""
+    trainer.training_step(model, inputs, None)
+    trainer.accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def grown_alone(script: str, arguments: Sequence[str]) -> float:
+    """The number that a benchmark prints last when it is run with these arguments, alone."""
+    command = [sys.executable, str(Path(script).resolve()), *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
 
 
 class Memory:

@@ -102,3 +102,101 @@ class TRLPairs:
         rows, length = batch["input_ids"].shape
         scored = int(batch["completion_mask"].sum()) if compact else rows * (length - 1)
         return padded_work(rows, length, len(batch["pixel_values"]), scored)
+
+
+class TRLGroups:
+    """TRL's GRPOTrainer with GSPO's loss, updated on rollouts that are given to it.
+
+    `_buffered_inputs` is where its trainer keeps the batches of a rollout; a step that does not
+    begin a rollout takes its own from there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rows: Sequence[Row],
+        output: Path,
+        device: str,
+        dtype: torch.dtype,
+        generations: int,
+    ):
+        from trl import GRPOConfig, GRPOTrainer
+
+        self.rows, self.processor = rows, load_processor(str(folder))
+        self.model = load_plain(folder, device, dtype)
+        args = GRPOConfig(
+            output_dir=str(output),
+            per_device_train_batch_size=generations,
+            num_generations=generations,
+            steps_per_generation=2,
+            gradient_accumulation_steps=1,
+            loss_type="grpo",
+            importance_sampling_level="sequence",
+            epsilon=3e-4,
+            epsilon_high=4e-4,
+            beta=0.0,
+            gradient_checkpointing=False,
+            bf16=device == "cuda",
+            use_cpu=device == "cpu",
+            report_to="none",
+            optim="adamw_torch_fused",
+            learning_rate=1e-6,
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        self.trainer: Any = GRPOTrainer(
+            self.model,
+            reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+            args=args,
+            train_dataset=Dataset.from_list([{"prompt": "?"}] * generations),
+            processing_class=self.processor,
+        )
+        self.trainer.current_gradient_accumulation_steps = 1
+
+    def collate(
+        self, question: int, completions: Sequence[Sequence[int]], advantages: Sequence[float]
+    ) -> Any:
+        """A rollout as `_generate_and_score_completions` leaves it, without old log-probs."""
+        row, size = self.rows[question], len(completions)
+        images = [row.load_images()] * size
+        prompt = render_prompt(self.processor, row.data["question"])
+        inputs = self.processor(
+            images=images,
+            text=[prompt] * size,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        longest = max(map(len, completions))
+        pad = self.processor.tokenizer.pad_token_id
+        ids = torch.tensor([[*c, *[pad] * (longest - len(c))] for c in completions])
+        mask = torch.tensor([[1] * len(c) + [0] * (longest - len(c)) for c in completions])
+        flat = [image for each in images for image in each]
+        tiles = self.processor.image_processor(
+            images=flat, crop_to_patches=True, return_tensors="pt"
+        )["num_patches"]
+        return {
+            "prompt_ids": inputs["input_ids"],
+            "prompt_mask": inputs["attention_mask"],
+            "completion_ids": ids,
+            "completion_mask": mask,
+            "advantages": torch.tensor(advantages),
+            "num_items_in_batch": mask.sum(),
+            "pixel_values": inputs["pixel_values"],
+            "num_images": [len(each) for each in images],
+            "num_tiles": [int(n) for n in tiles],
+        }
+
+    def feed(self, batch: Any) -> Any:
+        """What training_step is called with so that it trains on this batch."""
+        device = self.trainer.accelerator.device
+        moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+        self.trainer._buffered_inputs, self.trainer._step = [None, moved], 1
+        return []
+
+    def work(self, batch: Any, *, compact: bool = True) -> Work:
+        """What a forward on a batch computes."""
+        rows, completion = batch["completion_ids"].shape
+        length = batch["prompt_ids"].shape[1] + completion
+        scored = int(batch["completion_mask"].sum()) if compact else rows * (length - 1)
+        return padded_work(rows, length, len(batch["pixel_values"]), scored)

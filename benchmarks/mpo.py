@@ -25,7 +25,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -48,7 +47,7 @@ from benchmarks._flops import (  # noqa: E402
     packed_work,
     step_flops,
 )
-from benchmarks._measure import Memory, facts, seconds  # noqa: E402
+from benchmarks._measure import Memory, facts, grown_alone, optimizer_step, seconds  # noqa: E402
 from benchmarks._trl import TRLPairs, compact_head  # noqa: E402
 from internvl.checkpoint import load_model  # noqa: E402
 from internvl.data import Row  # noqa: E402
@@ -153,10 +152,7 @@ class Sides:
         if variant.startswith("trl"):
             side.inject_reference(variant == "trl_injected")
         with compact_head(variant.startswith("trl") and variant != "trl_cpu_head"):
-            trainer.training_step(side.model, inputs)
-        trainer.accelerator.clip_grad_norm_(side.model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+            optimizer_step(trainer, side.model, optimizer, inputs)
 
     def flops(self, variant: str, indices: Sequence[int]) -> float:
         """Operations of one step."""
@@ -188,17 +184,6 @@ def measure(
                     collation[name].append(made)
             print(f"step {number}/{len(steps)} {name:14}{took:8.2f} s", file=sys.stderr)
     return {"steps": spent, "collation": collation}
-
-
-def measure_memory(folder: Path, variants: Sequence[str], given: Sequence[str]) -> dict[str, float]:
-    """MB that each variant grows by, from processes of their own."""
-    out = {}
-    for name in variants:
-        command = [sys.executable, str(Path(__file__).resolve()), *given]
-        command += ["--memory-of", name, "--folder", str(folder)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        out[name] = float(done.stdout.splitlines()[-1])
-    return out
 
 
 def report(
@@ -297,7 +282,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
             "seconds_a_step": {n: round(statistics.median(s), 3) for n, s in taken["steps"].items()}
         }
     given = ["--device", args.device, "--shape", args.shape, "--steps", str(args.steps)]
-    memory = measure_memory(folder, variants, given)
+    given += ["--folder", str(folder), "--memory-of"]
+    memory = {name: grown_alone(__file__, [*given, name]) for name in variants}
     result = report(sides, taken, memory, steps)
     if args.peak_tflops and args.device == "cuda":
         rates = result["tflops_of_the_model"]
