@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,9 +83,11 @@ def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def full_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A model's parameters by transformers' names, one at a time, LoRA merged in passing.
+    """A model's parameters by transformers' names, one whole at a time, LoRA merged in passing.
 
     The model itself is not changed: merging in place and back would round the base weights.
+    Sharded parameters (FSDP2, ZeRO-3) are gathered, so every rank must walk through all of them;
+    base weights in 4 or 8 bits (QLoRA) come as what they stand for.
     Raises `UserError` for adapters whose weights are not the base's plus a delta (DoRA, IA3, ...).
     """
     from peft import PeftModel
@@ -93,7 +95,8 @@ def full_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     from peft.utils import ModulesToSaveWrapper
 
     if not isinstance(model, PeftModel):
-        yield from model.named_parameters()
+        for name, parameter in model.named_parameters():
+            yield plain_name(name), whole(parameter)
         return
     _check_additive(model)
     base = model.get_base_model()
@@ -103,15 +106,81 @@ def full_weights(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
         owner, _, leaf = name.rpartition(".")
         if ".lora_" in f".{name}" or any(name.startswith(f"{s}.original_module.") for s in saved):
             continue
+        weight = _unquantised(base.get_submodule(owner), parameter) if leaf == "weight" else None
+        weight = whole(parameter) if weight is None else weight
         layer = adapted.get(owner.removesuffix(".base_layer"))
         if layer is None or not owner.endswith(".base_layer"):
-            yield re.sub(r"\.modules_to_save\.[^.]+\.", ".", name), parameter
+            yield re.sub(r"\.modules_to_save\.[^.]+\.", ".", plain_name(name)), weight
             continue
-        weight = parameter.detach()
         if leaf == "weight" and not layer.merged:
             for adapter in layer.active_adapters:
-                weight = weight + layer.get_delta_weight(adapter)
-        yield f"{owner.removesuffix('.base_layer')}.{leaf}", weight
+                weight = weight + _delta(layer, adapter)
+        yield f"{plain_name(owner.removesuffix('.base_layer'))}.{leaf}", weight
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it (activation checkpointing, compile)."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter's full value, detached; where it is sharded, every rank must ask for it."""
+    from torch.distributed.tensor import DTensor
+
+    tensor = parameter.detach()
+    if isinstance(tensor, DTensor):
+        # a shard that was moved to the CPU (offload) is gathered where its ranks can talk
+        sharded: Any = tensor.to(tensor.device_mesh.device_type)
+        return sharded.full_tensor()
+    if hasattr(parameter, "ds_id"):  # ZeRO-3: whole only while the context is open
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return tensor
+
+
+def _unquantised(module: torch.nn.Module, parameter: Tensor) -> Tensor | None:
+    """What a weight in 4 or 8 bits stands for; None where it is none."""
+    if type(parameter).__name__ not in ("Params4bit", "Int8Params"):
+        return None
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(module).detach()
+
+
+def _delta(layer: Any, adapter: str) -> Tensor:
+    """What an adapter adds to its layer's weight; gathered where it is sharded."""
+    from torch.distributed.tensor import DTensor
+
+    parts = [parameter for name, parameter in layer.named_parameters() if ".lora_" in f".{name}"]
+    if not any(isinstance(part, DTensor) or hasattr(part, "ds_id") for part in parts):
+        return layer.get_delta_weight(adapter)
+    if adapter not in layer.lora_A or layer.lora_A[adapter].weight.ndim != 2:
+        raise UserError("LoRA on other than linear layers cannot be gathered from shards")
+    down, up = whole(layer.lora_A[adapter].weight), whole(layer.lora_B[adapter].weight)
+    product = (up @ down) * layer.scaling[adapter]
+    return product.T if layer.fan_in_fan_out else product
+
+
+def matching(
+    named: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass weights through one by one; raise `UserError` unless they are exactly `shapes`'s."""
+    missing = set(shapes)
+    for name, tensor in named:
+        if name not in shapes:
+            raise UserError(f"the sampler's model has no weight {name!r}")
+        if tuple(tensor.shape) != tuple(shapes[name]):
+            raise UserError(
+                f"weight {name!r} is {tuple(tensor.shape)}, "
+                f"the sampler's model has {tuple(shapes[name])}"
+            )
+        missing.discard(name)
+        yield name, tensor
+    if missing:
+        shown = ", ".join(sorted(missing)[:5])
+        raise UserError(f"{len(missing)} weights were not handed to the sampler: {shown}, ...")
 
 
 def _check_additive(model: PeftModel) -> None:

@@ -25,7 +25,7 @@ from internvl.chat import (
     load_processor,
     normalize_tiles,
 )
-from internvl.checkpoint import DTYPES, refuse_unmatched
+from internvl.checkpoint import DTYPES, matching, refuse_unmatched
 from internvl.errors import DataError, UserError
 from internvl.packing import position_tensor
 from internvl.positions import checkpoint_step, token_positions
@@ -34,11 +34,11 @@ from internvl.sampler import (
     Completion,
     SampleRequest,
     SamplingConfig,
+    Score,
     check_request,
     collect,
     context_length,
     first_seed,
-    matching,
     too_long,
 )
 
@@ -65,6 +65,7 @@ class TransformersSampler:
     """A transformers model on one device; see `internvl.sampler.Sampler`."""
 
     name = "transformers"
+    takes_adapters = False
 
     def __init__(
         self,
@@ -78,6 +79,7 @@ class TransformersSampler:
     ):
         self._seed = seed
         self._logprobs = logprobs
+        self._whole = True  # whether all weights are of one version
         self._max_num_seqs = max_num_seqs
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if dtype == "auto":
@@ -108,6 +110,8 @@ class TransformersSampler:
         ahead: int | None = None,
     ) -> Generator[Answer]:
         """See `internvl.sampler.StreamSampler.stream`."""
+        if not self._whole:
+            raise UserError("an update of the sampler's weights failed: nothing is sampled from it")
         size = max(1, self._max_num_seqs // config.n)
         if ahead:
             size = min(size, ahead)
@@ -127,9 +131,39 @@ class TransformersSampler:
         """See `internvl.sampler.Sampler.update_weights`."""
         own = dict(self._model.named_parameters())
         shapes = {name: tuple(weight.shape) for name, weight in own.items()}
+        self._whole = False
         with torch.no_grad():
             for name, weight in matching(named_parameters, shapes):
                 own[name].copy_(weight)
+        self._whole = True
+
+    def update_adapter(self, folder: Path) -> None:
+        """Refused: see `internvl.sampler.Sampler.update_adapter`."""
+        raise UserError(f"{folder}: this sampler takes whole weights, and no adapter by itself")
+
+    def sleep(self) -> None:
+        """Nothing: see `internvl.sampler.Sampler.sleep`."""
+
+    @torch.inference_mode()
+    def score(
+        self, requests: Sequence[SampleRequest], config: SamplingConfig
+    ) -> dict[str, list[Score]]:
+        """See `internvl.sampler.Sampler.score`."""
+        return {self.name: [self._score(request, config) for request in requests]}
+
+    def _score(self, request: SampleRequest, config: SamplingConfig) -> Score:
+        prompt = self._prompt(request, config)
+        length = len(prompt.ids) - len(request.started)
+        tiles = prompt.tiles.to(self._device)
+        output = self._model(
+            input_ids=torch.tensor([prompt.ids], device=self._device),
+            position_ids=position_tensor([self._positions(prompt)]).to(self._device),
+            pixel_values=normalize_tiles(self._processor, tiles) if len(tiles) else None,
+            logits_to_keep=len(request.started) + 1,
+        )
+        logprobs = distribution(output.logits[0, :-1], config, self._forbidden)
+        tokens = torch.tensor([*request.started], device=self._device)
+        return Score(length, tuple(logprobs.gather(1, tokens[:, None])[:, 0].tolist()))
 
     def close(self) -> None:
         """See `internvl.sampler.Sampler.close`."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,10 +126,23 @@ class Completion:
     finish_reason: Literal["stop", "length"]
 
 
+@dataclass(frozen=True)
+class Score:
+    """What an engine says of a given completion.
+
+    prompt_tokens: the prompt as it was read, images expanded. logprobs: of each token of `started`,
+    None for one that this engine cannot be asked for.
+    """
+
+    prompt_tokens: int
+    logprobs: tuple[float | None, ...]
+
+
 class Sampler(Protocol):
     """A model ready to be sampled from; its weights can be replaced between calls."""
 
     name: str
+    takes_adapters: bool  # whether `update_adapter` is there
 
     def sample(
         self, requests: Sequence[SampleRequest], config: SamplingConfig, progress: bool = False
@@ -145,11 +158,33 @@ class Sampler(Protocol):
         """
         ...
 
+    def score(
+        self, requests: Sequence[SampleRequest], config: SamplingConfig
+    ) -> dict[str, list[Score]]:
+        """Score what each request has `started`, under what its tokens would be drawn from.
+
+        By engine (there may be several), in the order of the requests. For checks against the
+        trainer: the tokens go through all that sampling goes through, caches included.
+        """
+        ...
+
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Take over all weights, by the names of transformers' `named_parameters()`.
 
-        Raises `UserError` when a name is missing, unknown or of another shape.
+        Raises `UserError` when a name is missing, unknown or of another shape; after any error,
+        nothing is sampled until an update has gone well.
         """
+        ...
+
+    def update_adapter(self, folder: Path) -> None:
+        """Take over a LoRA adapter, as PEFT saved it; the base's weights stay as they are.
+
+        Raises `UserError` where this sampler cannot, see `takes_adapters`.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give the device's memory back until the next update; nothing where that is not done."""
         ...
 
     def close(self) -> None:
@@ -193,6 +228,9 @@ def open_sampler(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     gpu_memory_utilization: float | None = None,
     logprobs: bool = True,
+    max_image_tokens: int = 0,
+    max_lora_rank: int | None = None,
+    sleep_mode: bool = False,
 ) -> StreamSampler:
     """Open a checkpoint folder (HF-native layout) for sampling.
 
@@ -203,6 +241,8 @@ def open_sampler(
     dtype: "auto" is float32 on a CPU and bfloat16 on a GPU. gpu_memory_utilization: share of the
     GPU that vLLM may fill, weights included (None: vLLM's own default). logprobs: whether
     completions hold them; who has no use for them samples a little faster without.
+    max_image_tokens: of the largest image; vLLM must take it in one step. max_lora_rank: for
+    `update_adapter`, which takes vLLM. sleep_mode: `Sampler.sleep` is used; of vLLM on a GPU.
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is not one of auto, float32, bfloat16")
@@ -220,9 +260,14 @@ def open_sampler(
             dtype=dtype,
             gpu_memory_utilization=gpu_memory_utilization,
             logprobs=logprobs,
+            max_image_tokens=max_image_tokens,
+            max_lora_rank=max_lora_rank,
+            sleep_mode=sleep_mode,
         )
     if gpu_memory_utilization is not None:
         raise UserError("gpu_memory_utilization is an option of vLLM; transformers has none")
+    if max_lora_rank is not None or sleep_mode:
+        raise UserError("adapters by themselves and sleep are vLLM's; transformers has neither")
     from internvl.hf_sampler import TransformersSampler
 
     return TransformersSampler(
@@ -329,26 +374,6 @@ def context_length(asked: int | None, context: int) -> int:
     if asked is not None and not 1 <= asked <= context:
         raise UserError(f"max_model_len is {asked}; this model allows 1 to {context}")
     return asked or context
-
-
-def matching(
-    named: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Sequence[int]]
-) -> Iterator[tuple[str, Tensor]]:
-    """Pass weights through one by one; raise `UserError` unless they are exactly `shapes`'s."""
-    missing = set(shapes)
-    for name, tensor in named:
-        if name not in shapes:
-            raise UserError(f"the sampler's model has no weight {name!r}")
-        if tuple(tensor.shape) != tuple(shapes[name]):
-            raise UserError(
-                f"weight {name!r} is {tuple(tensor.shape)}, "
-                f"the sampler's model has {tuple(shapes[name])}"
-            )
-        missing.discard(name)
-        yield name, tensor
-    if missing:
-        shown = ", ".join(sorted(missing)[:5])
-        raise UserError(f"{len(missing)} weights were not handed to the sampler: {shown}, ...")
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import json
 import os
 import threading
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,15 +50,19 @@ from internvl.sampler import (
     Completion,
     SampleRequest,
     SamplingConfig,
+    Score,
     check_request,
     collect,
     first_seed,
     too_long,
 )
+from internvl.server_weights import SharedWeights, TakesWeights
 from internvl.server_wire import (
     clip,
     data_uris,
     parse_answer,
+    scored_body,
+    scored_logprob,
     send,
     signed_seed,
     speaks_of_length,
@@ -68,7 +72,6 @@ from internvl.tiling import count_tiles, processor_tile_size
 
 if TYPE_CHECKING:
     import openai
-    from torch import Tensor
 
 MASK = -100  # added to the logit of a forbidden token; the API takes no less
 IN_FLIGHT = 512  # completions at a time and server, by default: twice vLLM's own 256
@@ -97,7 +100,7 @@ class _Asked:
     ids: list[int]
 
 
-class ServerSampler:
+class ServerSampler(TakesWeights):
     """Any number of servers of the same checkpoint; see `internvl.sampler.StreamSampler`."""
 
     name = "servers"
@@ -113,11 +116,14 @@ class ServerSampler:
         patience: float,
         served_name: str | None,
         logprobs: bool,
+        weights: SharedWeights | None = None,
     ):
         self._model, self._seed = model, seed
         self._timeout, self._patience = timeout, patience
         self._served_name, self._logprobs = served_name, logprobs
         self._urls, self._concurrency = list(urls), concurrency
+        self._weights = weights
+        self.takes_adapters = weights is not None and weights.adapters
         self._processor = load_processor(str(model))
         self._eos = eos_token_id(self._processor)
         self._forbidden = forbidden_token_ids(self._processor, _vocabulary(model))
@@ -144,12 +150,43 @@ class ServerSampler:
         ahead: int | None = None,
     ) -> Generator[Answer]:
         """See `internvl.sampler.StreamSampler.stream`."""
+        if self._weights is not None:  # one may have been started anew since they were pushed
+            self._pool.each(lambda server: self._checked(server.url))
         self._pool.concurrency = self._concurrency or min(256, -(-IN_FLIGHT // config.n))
         yield from self._pool.run((_Job(request, config) for request in requests), ahead=ahead)
 
-    def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Refused: a server's weights are its own."""
-        raise UserError("weights cannot be handed to servers; use the backend vllm or transformers")
+    def score(
+        self, requests: Sequence[SampleRequest], config: SamplingConfig
+    ) -> dict[str, list[Score]]:
+        """See `internvl.sampler.Sampler.score`: of every server that is in.
+
+        A beginning that would become other tokens as text cannot be asked for.
+        """
+        return self._pool.each(
+            lambda server: [self._score(server, request, config) for request in requests]
+        )
+
+    def _score(self, server: Server, request: SampleRequest, config: SamplingConfig) -> Score:
+        empty = replace(request, started=(), images=list(request.images))
+        asked = self._asked(empty, replace(config, n=1, max_tokens=1), server.facts)
+        found: list[float | None] = []
+        for place, token in enumerate(request.started):
+            started = list(request.started[:place])
+            with self._lock:
+                text = self._processor.tokenizer.decode(started)
+                same = encode_text(self._processor, text) == started
+            if not same:
+                found.append(None)
+                continue
+            answer = self._post(server, scored_body(asked.body, text, token))
+            self._compare(server.url, answer.get("prompt_token_ids"), asked.ids + started)
+            found.append(scored_logprob(answer, token))
+        return Score(len(asked.ids), tuple(found))
+
+    def _post(self, server: Server, body: dict[str, Any]) -> dict[str, Any]:
+        client = self._client(server.url)
+        raw = send(server.url, lambda: client.chat.completions.with_raw_response.create(**body))
+        return parse_answer(raw, body["n"], self._logprobs)
 
     def close(self) -> None:
         """See `internvl.sampler.Sampler.close`."""
@@ -187,6 +224,8 @@ class ServerSampler:
         except (ValueError, TypeError, KeyError, AttributeError):
             raise Unreachable(f"its list of models is not one: {clip(raw)}") from None
         name = self._served_name
+        if name is None and self._weights is not None:  # not our own adapters
+            offered = {key: offered[key] for key in offered if not self._weights.owns(key)}
         if name is None and len(offered) == 1:
             (name,) = offered
         if name is None or name not in offered:
@@ -194,22 +233,19 @@ class ServerSampler:
                 f"{url} offers {', '.join(map(repr, offered)) or 'no model'}"
                 + (f", not {name!r}" if name else "; name one of them (--server-model)")
             )
+        self._checked(url)  # it may have been started anew, with other weights
         return _Served(name, offered[name])
 
     def _ask(self, server: Server, job: _Job) -> list[Completion]:
         """The completions of a request; see `ServerPool`."""
         asked = self._asked(job.request, job.config, server.facts)
-        client = self._client(server.url)
         try:
-            raw = send(
-                server.url, lambda: client.chat.completions.with_raw_response.create(**asked.body)
-            )
+            answer = self._post(server, asked.body)
         except DataError as error:
             if not server.served and not speaks_of_length(str(error)):
                 # it never answered: our options are at fault, not this question
                 raise UserError(str(error)) from None
             raise
-        answer = parse_answer(raw, job.config.n, self._logprobs)
         self._compare(server.url, answer.get("prompt_token_ids"), asked.ids)
         return [self._completion(choice) for choice in answer["choices"]]
 
@@ -260,7 +296,7 @@ class ServerSampler:
             **({"mm_processor_kwargs": settings} if images else {}),
         }
         body = {
-            "model": served.name,
+            "model": (self._weights and self._weights.adapter_name) or served.name,
             "messages": [*system, {"role": "user", "content": content}],
             "n": config.n,
             "temperature": config.temperature,
@@ -315,13 +351,15 @@ def open_servers(
     patience: float = 300.0,
     served_name: str | None = None,
     logprobs: bool = True,
+    weights: SharedWeights | None = None,
 ) -> ServerSampler:
     """Open OpenAI-compatible servers that serve the checkpoint folder `model` for sampling.
 
     urls: as http://host:8000/v1. concurrency: requests at a time and server (None: 512 / n).
     timeout: seconds for one request. patience: seconds to go on while no server answers.
     served_name: the model's name there, where servers offer several. logprobs: whether completions
-    hold them. The key is the environment's OPENAI_API_KEY, if any.
+    hold them. weights: by which the servers get a trainer's weights. The key is the
+    environment's OPENAI_API_KEY, if any.
     Raises `UserError` where no server answers.
     """
     try:
@@ -342,6 +380,7 @@ def open_servers(
         patience=patience,
         served_name=served_name,
         logprobs=logprobs,
+        weights=weights,
     )
 
 

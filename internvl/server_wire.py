@@ -103,6 +103,30 @@ def _choice_fault(choice: dict[str, Any], logprobs: bool) -> str | None:
     return None
 
 
+def scored_body(body: dict[str, Any], text: str, token: int) -> dict[str, Any]:
+    """A request for one token after a reply begun with `text`, telling the chance of `token`."""
+    extra = {**body["extra_body"], "logprob_token_ids": [token]}
+    extra["return_tokens_as_token_ids"] = True
+    messages = list(body["messages"])
+    if text:
+        messages.append({"role": "assistant", "content": text})
+        extra |= {"add_generation_prompt": False, "continue_final_message": True}
+    return {**body, "messages": messages, "logprobs": True, "extra_body": extra}
+
+
+def scored_logprob(answer: dict[str, Any], token: int) -> float:
+    """The log-probability of `token` in an answer to `scored_body`; `Unusable` without one."""
+    (choice,) = answer["choices"]
+    try:
+        told = choice["logprobs"]["content"][0]["top_logprobs"]
+        return next(float(one["logprob"]) for one in told if one["token"] == f"token_id:{token}")
+    except (TypeError, KeyError, IndexError, StopIteration):
+        raise Unusable(
+            "does not tell the log-probability of a given token, as vLLM 0.31 does: "
+            f"{clip(str(choice))}"
+        ) from None
+
+
 def signed_seed(seed: int) -> int:
     """A seed of 64 bits as the API takes it: the same bits, with a sign."""
     return seed - (1 << 64) if seed >= 1 << 63 else seed

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +25,7 @@ from internvl.errors import DataError, UserError
 
 Job = TypeVar("Job")
 Answered = TypeVar("Answered")
+Told = TypeVar("Told")
 
 ATTEMPTS = 5  # of a job that is answered with something unusable
 LONGEST_PAUSE = 60.0  # seconds before a server is looked at again
@@ -139,6 +141,48 @@ class ServerPool(Generic[Job, Answered]):
             end = time.monotonic() + LONGEST_END
             for thread in threads:
                 thread.join(timeout=max(0.0, end - time.monotonic()))
+
+    def each(self, do: Callable[[Server], Told]) -> dict[str, Told]:
+        """What `do` tells of every server that is in, by URL, all at once.
+
+        One for which it fails is taken out. Where none is in, they are looked at again for as long
+        as `patience`; then `UserError`.
+        """
+        since = time.monotonic()
+        while True:
+            for server in self.servers:
+                if server.reason is not None and time.monotonic() >= server.retry_at:
+                    self._look_now(server)
+            inside = [server for server in self.servers if server.reason is None]
+            told: dict[str, Told] = {}
+            with ThreadPoolExecutor(max(1, len(inside))) as threads:
+                asked = [(server, threads.submit(do, server)) for server in inside]
+            for server, answer in asked:
+                try:
+                    told[server.url] = answer.result()
+                except (Unreachable, Unusable) as error:
+                    self._take_out(server, str(error), tell=True)
+            if told:
+                return told
+            if time.monotonic() - since > self.patience:
+                raise UserError(
+                    f"no server has answered for {self.patience:g} s: {self._reasons()}. Start the "
+                    "same command again to go on"
+                )
+            time.sleep(min(self.pause, 0.2))
+
+    def _look_now(self, server: Server) -> None:
+        """Look at a server that is out, while no run is on."""
+        server.looking = True
+        try:
+            facts = self.look(server.url)
+        except Unreachable as error:
+            self._take_out(server, str(error))
+            return
+        finally:
+            server.looking = False
+        server.facts, server.reason, server.served = facts, None, False
+        _tell(f"{server.url} answers again")
 
     def _add(self, task: _Task[Job], state: _Run[Job, Answered]) -> None:
         with self._work_there:

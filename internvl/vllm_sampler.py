@@ -1,4 +1,4 @@
-"""Sampling with vLLM, inside the training process; the only file that imports vllm.
+"""Sampling with vLLM, inside the training process; only this file and its start import vllm.
 
 What vLLM 0.31 needs to be exact, each found by a measurement:
 - log-probabilities after the mask and the temperature: `logprobs_mode="processed_logprobs"`;
@@ -17,9 +17,9 @@ slower, unless OMP_WAIT_POLICY=passive.
 from __future__ import annotations
 
 import gc
-import os
-import warnings
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,34 +32,31 @@ from internvl.chat import (
     render_prompt,
     tile_settings,
 )
+from internvl.checkpoint import matching
 from internvl.errors import DataError, UserError
 from internvl.sampler import (
     Answer,
     Completion,
     SampleRequest,
     SamplingConfig,
+    Score,
     check_request,
     collect,
     context_length,
     first_seed,
-    matching,
     random_state_kept,
     too_long,
 )
+from internvl.vllm_sampler_start import describe, lora_rank, start_engine
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Read by vLLM when it is imported. The engine must live in this process (weights are handed over
-# as tensors); the others are defaults that the user's environment may override.
-FORCED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-DEFAULTS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 MASK = -1e9  # added to the logit of a forbidden token
-PREFILL_TOKENS = 4096  # prompt tokens a step, or one whole prompt where that is longer
+HALF_DONE = (
+    "the sampler has no whole set of weights: its last update failed, or it was put to sleep; "
+    "nothing is sampled from it. Start the same command again to go on from the last checkpoint"
+)
 
 
 class VLLMSampler:
@@ -77,13 +74,21 @@ class VLLMSampler:
         dtype: str,
         gpu_memory_utilization: float | None,
         logprobs: bool = True,
+        max_image_tokens: int = 0,
+        max_lora_rank: int | None = None,
+        sleep_mode: bool = False,
     ):
         self._seed = seed
         self._logprobs = logprobs
+        self._whole = True  # whether the engine's weights are one whole version
+        self._asleep, self._sleep_mode = False, sleep_mode
+        self.takes_adapters = max_lora_rank is not None
+        self._adapter: Any = None
+        self._adapters = 0  # how many there were
         self._max_num_seqs = max_num_seqs
         self._processor = load_processor(str(model))
         self._eos = eos_token_id(self._processor)
-        self._shapes, self._tied, text_config = _describe(model)
+        self._shapes, self._tied, text_config = describe(model)
         self._forbidden = forbidden_token_ids(self._processor, text_config.vocab_size)
         self._control = (*self._forbidden, self._eos)
         context = text_config.max_position_embeddings
@@ -98,8 +103,16 @@ class VLLMSampler:
         }
         if gpu_memory_utilization is not None:
             options["gpu_memory_utilization"] = gpu_memory_utilization
+        if max_lora_rank is not None:
+            options |= {
+                "enable_lora": True,
+                "max_loras": 1,
+                "max_lora_rank": lora_rank(max_lora_rank),
+            }
+        if sleep_mode:
+            options["enable_sleep_mode"] = True
         with random_state_kept():
-            self._llm, self._on_cpu, self._owns_group = _start(options)
+            self._llm, self._on_cpu, self._owns_group = start_engine(options, max_image_tokens)
 
     def sample(
         self, requests: Sequence[SampleRequest], config: SamplingConfig, progress: bool = False
@@ -118,6 +131,8 @@ class VLLMSampler:
         ahead: int | None = None,
     ) -> Generator[Answer]:
         """See `internvl.sampler.StreamSampler.stream`."""
+        if not self._whole:
+            raise UserError(HALF_DONE)
         # Enough waiting requests to keep the engine full, and no more: each holds its pixels.
         in_flight = -(-2 * self._max_num_seqs // config.n)
         engine = self._llm.llm_engine
@@ -151,10 +166,77 @@ class VLLMSampler:
             )
         weights = ((name, tensor.detach()) for name, tensor in named_parameters)
         iterator = matching(weights, self._shapes)
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
+        with self._replacing():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iterator})
+            self._adapter = None
+
+    def update_adapter(self, folder: Path) -> None:
+        """See `internvl.sampler.Sampler.update_adapter`."""
+        if not self.takes_adapters:
+            raise UserError("vLLM was opened without max_lora_rank: it takes no adapter by itself")
+        from vllm.lora.request import LoRARequest
+
+        # a name of its own for each version: what vLLM caches is kept apart by it
+        self._adapters += 1
+        adapter = LoRARequest(f"version-{self._adapters}", self._adapters, str(folder))
+        with self._replacing():
+            if self._adapter is not None:
+                self._llm.llm_engine.remove_lora(self._adapter.lora_int_id)
+            try:
+                self._llm.llm_engine.add_lora(adapter)
+            except (ValueError, RuntimeError) as error:
+                raise UserError(f"vLLM does not take the adapter {folder}: {error}") from None
+            self._adapter = adapter
+
+    @contextmanager
+    def _replacing(self) -> Iterator[None]:
+        """While open the weights are not whole; when it ends well, nothing of the old is cached."""
+        self._whole = False
+        if self._asleep:
+            self._llm.wake_up(tags=["weights"])
+        yield
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
         self._llm.reset_prefix_cache()
         self._llm.llm_engine.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
+        self._whole = True
+
+    def sleep(self) -> None:
+        """See `internvl.sampler.Sampler.sleep`; weights that come anew are not kept on the host."""
+        if self._sleep_mode and not self._asleep:
+            self._llm.sleep(level=1 if self.takes_adapters else 2)
+            self._asleep, self._whole = True, False
+
+    def score(
+        self, requests: Sequence[SampleRequest], config: SamplingConfig
+    ) -> dict[str, list[Score]]:
+        """See `internvl.sampler.Sampler.score`: one token is drawn after each beginning."""
+        if not self._whole:
+            raise UserError(HALF_DONE)
+        engine = self._llm.llm_engine
+        running = dict[str, tuple[int, int]]()
+        found = [[0.0] * len(request.started) for request in requests]
+        lengths = [0] * len(requests)
+        with random_state_kept():
+            try:
+                for number, request in enumerate(requests):
+                    check_request(request, self._control)
+                    decoded = replace(request, images=list(request.images))
+                    for place, token in enumerate(request.started):
+                        before = replace(decoded, started=request.started[:place])
+                        running[self._enqueue(before, config, scored=token)] = (number, place)
+                while running:
+                    for output in engine.step():
+                        number, place = running.pop(output.request_id)
+                        scored = output.outputs[0].logprobs[0][requests[number].started[place]]
+                        found[number][place] = scored.logprob
+                        lengths[number] = len(output.prompt_token_ids) - place
+            finally:
+                if running:
+                    engine.abort_request(list(running))
+        return {self.name: [Score(n, tuple(v)) for n, v in zip(lengths, found, strict=True)]}
 
     def close(self) -> None:
         """See `internvl.sampler.Sampler.close`."""
@@ -198,29 +280,36 @@ class VLLMSampler:
         if length >= self._max_model_len:
             raise too_long(request, length, self._max_model_len)
 
-    def _enqueue(self, request: SampleRequest, config: SamplingConfig) -> str:
-        """Hand one request to the engine; returns its id."""
+    def _enqueue(
+        self, request: SampleRequest, config: SamplingConfig, scored: int | None = None
+    ) -> str:
+        """Hand one request to the engine; returns its id.
+
+        scored: draw one token only, and tell the log-probability that this one had.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         rendered = self._render(request, request.budget(config.max_tiles))
         params = SamplingParams(
-            n=config.n,
+            n=config.n if scored is None else 1,
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=config.top_k,
-            max_tokens=config.max_tokens,
+            max_tokens=config.max_tokens if scored is None else 1,
             seed=first_seed(self._seed, request.seed),
             stop_token_ids=[self._eos],
             logit_bias=dict.fromkeys(self._forbidden, MASK),
-            logprobs=0 if self._logprobs else None,  # of the sampled token only
-            flat_logprobs=True,
+            # of the sampled token only, or of the one that is asked for
+            logprobs=0 if self._logprobs and scored is None else None,
+            logprob_token_ids=None if scored is None else [scored],
+            flat_logprobs=scored is None,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         self._next_id += 1
         request_id = str(self._next_id)
-        self._llm.llm_engine.add_request(request_id, rendered, params)
+        self._llm.llm_engine.add_request(request_id, rendered, params, lora_request=self._adapter)
         return request_id
 
     def _completions(self, output: Any) -> list[Completion]:
@@ -232,68 +321,3 @@ class VLLMSampler:
         logprobs = tuple(sample.logprobs.logprobs) if self._logprobs else ()
         text = decode_completion(self._processor, ids)
         return Completion(text, ids, logprobs, sample.finish_reason)
-
-
-def _describe(model: Path) -> tuple[dict[str, tuple[int, ...]], bool, Any]:
-    """Names and shapes of transformers' parameters, whether lm_head is tied, the LLM's config."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    from internvl.conversion.heads import has_own_head
-
-    config = AutoConfig.from_pretrained(str(model))
-    if config.tie_word_embeddings and has_own_head(model):
-        config.tie_word_embeddings = False  # vLLM does not tie it either
-    with torch.device("meta"):
-        skeleton = AutoModelForImageTextToText.from_config(config)
-    shapes = {name: tuple(weight.shape) for name, weight in skeleton.named_parameters()}
-    return shapes, "lm_head.weight" not in shapes, config.text_config
-
-
-def _import_vllm() -> tuple[Any, bool]:
-    """vLLM's `LLM` class, imported under our settings, and whether it runs on a CPU."""
-    os.environ.update(FORCED)
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    try:
-        from vllm import LLM
-        from vllm.platforms import current_platform
-    except ImportError as error:
-        raise UserError(
-            f"vLLM cannot be imported: {error}. Install it, or use the transformers backend"
-        ) from None
-    return LLM, current_platform.is_cpu()
-
-
-def _start(options: dict[str, Any]) -> tuple[Any, bool, bool]:
-    """Start the engine; returns it, whether it runs on a CPU, and whether it made a group."""
-    import torch
-
-    llm_class, on_cpu = _import_vllm()
-    if options["dtype"] == "auto":
-        options["dtype"] = "float32" if on_cpu else "bfloat16"
-    if on_cpu:
-        if "gpu_memory_utilization" in options:
-            raise UserError(
-                "gpu_memory_utilization was given, but vLLM runs on a CPU here: "
-                "set VLLM_CPU_KVCACHE_SPACE (GiB) instead"
-            )
-        options["enable_chunked_prefill"] = False
-        options["enforce_eager"] = True
-        options["max_num_batched_tokens"] = max(PREFILL_TOKENS, options["max_model_len"])
-    had_group = torch.distributed.is_initialized()
-    set_num_threads = torch.set_num_threads
-    with warnings.catch_warnings():
-        # vLLM touches a deprecated name of torch while it starts; nobody here can act on it.
-        warnings.simplefilter("ignore", FutureWarning)
-        llm = llm_class(
-            **options,
-            generation_config="vllm",  # not the checkpoint's: all sampling options come from us
-            logprobs_mode="processed_logprobs",
-            enable_prefix_caching=True,
-            limit_mm_per_prompt={"video": 0},
-            use_tqdm_on_load=False,
-        )
-    # vLLM on a CPU replaces this function by one that does nothing, for the whole process.
-    torch.set_num_threads = set_num_threads
-    return llm, on_cpu, not had_group

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from internvl.checkpoint import matching
 from internvl.errors import UserError
 from internvl.hf_sampler import distribution
-from internvl.sampler import MAX_SAMPLES, SamplingConfig, first_seed, matching, open_sampler
+from internvl.sampler import MAX_SAMPLES, SamplingConfig, first_seed, open_sampler
 
 
 def test_distribution_by_hand() -> None:
