@@ -47,7 +47,8 @@ def make_rows(folder: Path, pairs: Sequence[Pair]) -> list[Row]:
         names = [f"{number}-{place}.png" for place in range(len(tiles))]
         for name, picture in zip(names, pictures(number, tiles), strict=True):
             picture.save(folder / name)
-        data = {"question": "<image>\n" * len(tiles) + QUESTION, "image": names}
+        data: dict[str, Any] = {"id": str(number)}
+        data |= {"question": "<image>\n" * len(tiles) + QUESTION, "image": names}
         data |= {"chosen": chosen, "rejected": rejected}
         rows.append(Row(data, folder / "rows.jsonl", number, folder))
     return rows
@@ -61,7 +62,13 @@ def add_noise(model: Any) -> None:
             weight.add_(torch.randn(weight.shape, generator=generator) * 0.02)
 
 
-def moved_trainer(folder: Path, output: Path, rows: Sequence[Row], **options: Any) -> MPOTrainer:
+def moved_trainer(
+    folder: Path,
+    output: Path,
+    rows: Sequence[Row],
+    eval_dataset: Sequence[Row] | None = None,
+    **options: Any,
+) -> MPOTrainer:
     """A trainer whose reference is the checkpoint, and whose policy is that and noise."""
     trainer = MPOTrainer(
         model=load_model(folder),
@@ -75,6 +82,7 @@ def moved_trainer(folder: Path, output: Path, rows: Sequence[Row], **options: An
             },
         ),
         train_dataset=rows,
+        eval_dataset=eval_dataset,
         processing_class=load_processor(str(folder)),
     )
     trainer._announced = True  # the first loss is not what it is while policy = reference
