@@ -80,6 +80,11 @@ class MPOConfig(PackedTrainingArguments):
             raise UserError(f"precompute_ref_batch_size is {size}, at least 1")
         if self.reference_cache_dir is not None and not self.precompute_ref_log_probs:
             raise UserError("reference_cache_dir is given, but precompute_ref_log_probs is false")
+        if not (self.precompute_ref_log_probs or self.needs_reference):
+            raise UserError(
+                f"precompute_ref_log_probs is false, but loss_type {self.loss_type} reads no "
+                "reference"
+            )
         super().__post_init__()
 
     @property

@@ -101,8 +101,8 @@ class FrozenModel(nn.Module):
 class Reference:
     """The reference of a run: the model as the trainer was given it.
 
-    trainer: before its first step, and before a checkpoint is loaded. Where the loss needs no
-    reference, there is no pass and no copy, and its log-probabilities are zeros.
+    trainer: before its first step, and before a checkpoint is loaded. This class does for a loss
+    that needs no log-probabilities of it: there is no pass and no copy.
     """
 
     value_names: tuple[str, ...] = ()  # what the encoded pairs carry
@@ -138,7 +138,7 @@ class Reference:
 
     def logps(self, batch: PackedBatch) -> Tensor:
         """The reference's log-probabilities of a batch's completions, [C]."""
-        return torch.zeros(batch.num_completions, device=batch.lengths.device)
+        raise NotImplementedError("the loss was said to need no reference")
 
     def refuse_other(self, key: str) -> None:
         """Raise `UserError` where a checkpoint's reference or its pairs (key) are others now."""
@@ -190,8 +190,8 @@ class LiveReference(Reference):
 
     def logps(self, batch: PackedBatch) -> Tensor:
         """The reference's log-probabilities, by a forward of its own."""
-        if not batch.real:
-            return super().logps(batch)
+        if not batch.real:  # a filler: there is nothing to ask about
+            return torch.zeros(0, device=batch.lengths.device)
         return self._score(self._frozen, batch)
 
 
@@ -244,7 +244,8 @@ class CachedReference(Reference):
         args, device = self._trainer.args, next(self._model.parameters()).device
         mine = chunks[args.process_index :: args.world_size]
         self._model.eval()
-        self._model.to(args.device)  # where FSDP is to shard it, it still lies on the CPU
+        if device != args.device:  # where FSDP is to shard it, it still lies on the CPU
+            self._model.to(args.device)
         scored = np.zeros_like(values)
         loader = self._loader(rows, [first[chunk].tolist() for chunk in mine])
         total = sum(map(len, mine)) * args.world_size
@@ -257,7 +258,8 @@ class CachedReference(Reference):
                 self._refuse_no_number(rows, first[chunk], scored[chunk])
                 self.cache.add(samples[chunk], scored[chunk])
                 bar.update(len(chunk) * args.world_size)
-        self._model.to(device)
+        if device != args.device:
+            self._model.to(device)
         missing = np.concatenate(chunks)
         values[missing] = self._summed(scored[missing])
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import InternVLProcessor
 
 from internvl.data import Row
+from internvl.errors import UserError
 from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
 from mpo.config import MPOConfig
@@ -43,6 +44,8 @@ class MPOTrainer(PackedTrainer):
         self.shift = RewardShift()
         self._step_rewards = {"total": 0.0, "count": 0.0}
         self._announced = False
+        if kwargs.pop("ref_model", None) is not None:
+            raise UserError("ref_model: the reference is the model that training starts from")
         super().__init__(model, args, train_dataset, processing_class, eval_dataset, **kwargs)
         self._losses = args.losses
         self.reference = open_reference(self)

@@ -13,16 +13,18 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from plain import noise_image
-from trainer_cases import Recorded, make_trainer, pairs, write_images
+from trainer_cases import Recorded, make_trainer, pairs, train, write_images
 
 from internvl.chat import load_processor
 from internvl.checkpoint import load_model
 from internvl.data import Row
 from internvl.encoding import Encoder
 from internvl.errors import UserError
-from mpo.reference import CachedReference
+from mpo.config import MPOConfig
+from mpo.reference import CachedReference, Reference
 from mpo.reference_cache import ReferenceCache
 from mpo.reference_keys import TEXTS, reference_settings, sample_digest, sample_digests
+from mpo.trainer import MPOTrainer
 
 ROWS = 7
 
@@ -314,6 +316,24 @@ def test_workers_score_every_pair_once(
     assert list(found) == [str(number) for number in range(ROWS)]
     assert sum(scored) == ROWS
     assert len({value for both in found.values() for value in both}) == 2 * ROWS
+
+
+def test_a_loss_that_needs_no_reference_makes_no_pass(
+    rows: list[Row], tiny_model: Path, scored: list[int], tmp_path: Path
+) -> None:
+    run = train("mpo", tiny_model, tmp_path, rows, loss_type=["orpo", "sft"], max_steps=1)
+    assert type(run.trainer.reference) is Reference
+    assert not scored and not (tmp_path / "reference").exists()
+    with pytest.raises(UserError, match=r"is false, but loss_type .* reads no reference"):
+        options = {"loss_type": ["orpo"], "precompute_ref_log_probs": False}
+        make_trainer("mpo", tiny_model, tmp_path, rows, Recorded(), **options)
+
+
+def test_another_reference_is_refused(rows: list[Row], tiny_model: Path, tmp_path: Path) -> None:
+    model = load_model(tiny_model)
+    config = MPOConfig(output_dir=str(tmp_path), train_file="x", use_cpu=True, report_to="none")
+    with pytest.raises(UserError, match="the reference is the model that training starts from"):
+        MPOTrainer(model, config, rows, load_processor(str(tiny_model)), ref_model=model)
 
 
 def test_a_reference_that_gives_no_number_is_refused(
