@@ -16,7 +16,9 @@ _OF_THE_MACHINE = {
 
 
 class UserError(ValueError):
-    """Something the user can mend; a command prints it as one line and exits with code 2."""
+    """Something the user can mend; a command prints it as one line and exits with its code, 2."""
+
+    exit_code = 2
 
 
 class DataError(UserError):
@@ -33,7 +35,7 @@ def cli_guard(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         print(f"error: {_in_one_line(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(error.exit_code) from None
     except BrokenPipeError:
         if not _reader_is_gone():
             raise

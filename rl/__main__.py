@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
+from typing import Any
 
 from internvl.errors import cli_guard
 from internvl.startup import collector_paused
@@ -50,40 +52,37 @@ def main() -> None:
     )
     with collector_paused():
         from internvl.adapters import base_of
-        from internvl.sampler import choose_backend, open_sampler
         from rewards import VerifierPool
         from rl.rewarding import check_asked, check_judge, make_terms, make_verifier
+        from rl.sampling import choose_sampler, longest_prompt, open_policy_sampler
         from rl.trainer import RLTrainer
         from training.stage import check_files, open_stage, save_config
 
-    check_files(args.train_file)
+    check_files(args.train_file, args.eval_file)
     make_terms(args)  # an error now, and not when the model is loaded
     verifier = make_verifier(args, VerifierPool(args.verifier_workers, limit=args.verifier_limit))
     if verifier.judge is not None:
         check_judge(verifier.judge)
     whole = base_of(model_args.model_name_or_path)  # an adapter comes with the first weights
-    backend = choose_backend(whole, args.sampler)
+    kind = choose_sampler(args, model_args, whole)
     stage = open_stage(model_args, args)
-    rows = stage.rows(
-        *(args.train_file, "question"),
-        room=args.max_completion_length,
-        record_fault=partial(verifier.fault, unanswered="accuracy" not in args.reward_funcs),
-    )
+    unanswered = "accuracy" not in args.reward_funcs
+    looked_at: dict[str, Any] = {
+        "room": args.max_completion_length,
+        "record_fault": partial(verifier.fault, unanswered=unanswered),
+    }
+    rows = stage.rows(args.train_file, "question", **looked_at)
+    held_out = stage.rows(args.eval_file, "question", **looked_at) if args.eval_file else None
     check_asked(verifier.judge, args, rows)
-    longest = max(stage.encoder.length(row, "question") for row in rows)
-    sampler = open_sampler(
-        whole,
-        backend=backend,
-        seed=args.seed,
-        max_model_len=longest + args.max_completion_length,
-        dtype="bfloat16" if args.bf16 else model_args.dtype,
-        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-    )
+    longest = longest_prompt(chain(rows, held_out or []), stage.encoder, args)
+    tile = stage.processor.image_seq_length
+    sampler = open_policy_sampler(args, model_args, whole, kind, longest, tile)
     with verifier:
         trainer = RLTrainer(
             model=stage.model,
             args=args,
             train_dataset=rows,
+            eval_dataset=held_out,
             processing_class=stage.processor,
             peft_config=peft_config(model_args),
             encoder=stage.encoder,

@@ -9,15 +9,18 @@ from typing import ClassVar
 from internvl.errors import UserError
 from rewards.judging_options import JudgeOptions
 from rewards.pool import DEFAULT_LIMIT
+from rl.guard_options import GuardOptions
 from rl.loss_options import LossOptions
+from rl.sampler_options import SamplerOptions
 from training.arguments import PackedTrainingArguments
 
 
 @dataclass
-class RLConfig(LossOptions, JudgeOptions, PackedTrainingArguments):
+class RLConfig(SamplerOptions, LossOptions, GuardOptions, JudgeOptions, PackedTrainingArguments):
     """Options of the online stage; see PackedTrainingArguments for the common ones.
 
-    LossOptions say which loss it is, JudgeOptions ask a judge.
+    SamplerOptions say who samples, LossOptions which loss it is, GuardOptions what watches over it,
+    JudgeOptions ask a judge.
 
     `per_device_train_batch_size` counts groups (questions) of one optimizer step; a rollout batch
     is `steps_per_generation` times as many, sampled from one version of the weights.
@@ -29,6 +32,16 @@ class RLConfig(LossOptions, JudgeOptions, PackedTrainingArguments):
     num_generations: int = field(default=8, metadata={"help": "Completions a question, G."})
     steps_per_generation: int = field(
         default=2, metadata={"help": "Optimizer steps a rollout batch is cut into (mini-batches)."}
+    )
+    dynamic_sample: bool = field(
+        default=False,
+        metadata={
+            "help": "Sample the next questions in place of groups without spread (DAPO), so that "
+            "every group of a step carries a gradient."
+        },
+    )
+    max_resample_times: int = field(
+        default=3, metadata={"help": "Rounds of dynamic_sample; then such groups stay."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     max_completion_length: int = field(default=1024, metadata={"help": "Tokens of a completion."})
@@ -75,25 +88,19 @@ class RLConfig(LossOptions, JudgeOptions, PackedTrainingArguments):
             "that `mmpr verify` was given."
         },
     )
-    sampler: str = field(
-        default="auto", metadata={"help": "'vllm', 'transformers', or 'auto': vLLM where it is."}
-    )
-    vllm_gpu_memory_utilization: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of a GPU that vLLM may fill beside the trainer, its weights included "
-            "(0.3 is a start); by default vLLM's own, which leaves the trainer little."
-        },
-    )
-    max_logprob_gap: float | None = field(
-        default=None,
-        metadata={
-            "help": "Stop when sampler and trainer differ by more than this in the log-probability "
-            "of a sampled token (float32: 1e-4 holds). By default only logged."
-        },
-    )
     log_completions: bool = field(
-        default=False, metadata={"help": "Write every rollout to output_dir/rollouts."}
+        default=False,
+        metadata={
+            "help": "Write every rollout to output_dir/rollouts, and a few of them to the trackers "
+            "of report_to (W&B, TensorBoard)."
+        },
+    )
+    log_multimodal: bool = field(
+        default=True, metadata={"help": "Those of the trackers with their pictures, made small."}
+    )
+    reward_timeout: float = field(
+        default=600.0,
+        metadata={"help": "Seconds that a reward function of your own may take for a batch."},
     )
     freeze_vit: bool = field(
         default=True,
@@ -104,6 +111,9 @@ class RLConfig(LossOptions, JudgeOptions, PackedTrainingArguments):
     )
     free_on_resume: ClassVar[frozenset[str]] = frozenset(
         {"verifier_workers", "judge_base_url", "judge_api_key_env", "judge_timeout"}
+        | {"collapse_min_entropy", "collapse_min_length", "collapse_max_length"}
+        | {"collapse_no_spread", "collapse_steps", "reward_timeout", "log_multimodal"}
+        | {"server", "server_model", "server_weights_dir", "server_timeout", "server_patience"}
         | {"judge_max_retries", "judge_max_concurrency", "judge_cache"}
     )
     ignore_data_skip: bool = field(
@@ -120,13 +130,27 @@ class RLConfig(LossOptions, JudgeOptions, PackedTrainingArguments):
             raise UserError(f"num_generations is {self.num_generations}; a group needs at least 2")
         if self.steps_per_generation < 1:
             raise UserError(f"steps_per_generation is {self.steps_per_generation}, at least 1")
+        if self.max_resample_times != 3 and not self.dynamic_sample:
+            raise UserError("max_resample_times is given, but dynamic_sample is not")
+        if self.max_resample_times < 1:
+            raise UserError(f"max_resample_times is {self.max_resample_times}, at least 1")
         if self.temperature <= 0:
             raise UserError(f"temperature is {self.temperature}; greedy rollouts have no spread")
         self.check_loss_options()
-        if self.sampler not in ("auto", "vllm", "transformers"):
-            raise UserError(f"sampler is {self.sampler!r}: 'auto', 'vllm' or 'transformers'")
-        if self.eval_strategy != "no" or self.eval_on_start:
-            raise UserError("eval_strategy: evaluate checkpoints with `cascade evaluate` instead")
+        self.check_sampler_options()
+        if self.max_staleness and not self.vllm_importance_sampling_correction:
+            raise UserError(
+                "max_staleness trains on completions of older weights: give "
+                "vllm_importance_sampling_correction, too"
+            )
+        if self.eval_strategy == "epoch":
+            raise UserError('eval_strategy is "epoch"; rollouts have none: give "steps"')
+        evaluates = self.eval_strategy != "no" or self.eval_on_start
+        self.check_guard_options(self.num_generations, evaluates)
+        if not self.log_multimodal and not self.log_completions:
+            raise UserError("log_multimodal is given, but log_completions is not")
+        if not self.reward_timeout > 0:
+            raise UserError(f"reward_timeout is {self.reward_timeout:g}; seconds, above 0")
         if self.dataloader_num_workers:
             raise UserError("dataloader_num_workers: this stage makes its batches from rollouts")
         if self.position_steps is not None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 from internvl.data import Row
 from internvl.errors import UserError
@@ -27,6 +30,7 @@ from rewards.loading import OURS, RewardError, call_reward, check_columns, load_
 from rl.config import RLConfig
 
 # (a question's record, a completion of it), .. -> their verdicts, in order
+_T = TypeVar("_T")
 Verify = Callable[[Sequence[tuple[Mapping[str, Any], str]]], Iterable[Verdict]]
 
 
@@ -106,11 +110,19 @@ class Rewarder:
 
     rows: all questions, whose columns are handed to the users' functions. terms: see `make_terms`.
     verify: says the verdicts of all completions at once (`Verifier.verdicts`).
+    timeout: seconds that a user's function may take for all completions of a batch.
     Raises `UserError` when a function asks for a column that no question has.
     """
 
-    def __init__(self, rows: Sequence[Row], terms: Sequence[RewardTerm], verify: Verify):
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        terms: Sequence[RewardTerm],
+        verify: Verify,
+        timeout: float = 600.0,
+    ):
         self.terms = terms
+        self.timeout = timeout
         self.verify = verify
         self._columns: list[str] = []
         own = [term for term in terms if term.name not in BUILT_IN]
@@ -124,13 +136,18 @@ class Rewarder:
             raise UserError(f"reward_funcs: {error}") from None
 
     def reward(
-        self, answered: Sequence[tuple[Mapping[str, Any], Completion]], trainer_state: Any = None
+        self,
+        answered: Sequence[tuple[Mapping[str, Any], Completion]],
+        trainer_state: Any = None,
+        verdicts: Sequence[Verdict] | None = None,
     ) -> Rewarded:
-        """Judge and weigh completions of questions' records.
+        """Judge and weigh completions of questions' records; `verdicts` where they were judged.
 
         Raises `UserError` when a user's function gives what cannot be a reward.
         """
-        verdicts = list(self.verify([(record, done.text) for record, done in answered]))
+        if verdicts is None:
+            verdicts = list(self.verify([(record, done.text) for record, done in answered]))
+        verdicts = list(verdicts)
         clipped = [done.finish_reason == "length" for _, done in answered]
         values: dict[str, list[float | None]] = {}
         for term in self.terms:
@@ -139,7 +156,9 @@ class Rewarder:
             columns |= {"verdicts": list(verdicts), "clipped": list(clipped)}
             columns["trainer_state"] = trainer_state
             try:
-                values[term.name] = call_reward(term.name, term.function, columns, len(answered))
+                call = partial(call_reward, term.name, term.function, columns, len(answered))
+                own = term.name not in BUILT_IN
+                values[term.name] = _within(self.timeout, term.name, call) if own else call()
             except RewardError as error:
                 raise UserError(f"reward_funcs: {error}") from None
         return Rewarded(
@@ -162,6 +181,31 @@ class Rewarder:
             "completions": [[{"role": "assistant", "content": d.text}] for _, d in answered],
             "completion_ids": [list(done.token_ids) for _, done in answered],
         }
+
+
+def _within(seconds: float, name: str, call: Callable[[], _T]) -> _T:
+    """The result of a call, or what it raises; `RewardError` when it takes longer.
+
+    It runs in a thread of its own, which is left behind when it hangs: no process can be had for a
+    function that may hold a model, and nothing else can be waited for and given up.
+    """
+    done: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:  # handed to the caller, whatever it is
+            done.set_exception(error)
+
+    Thread(target=run, name=f"reward {name}", daemon=True).start()
+    try:
+        return done.result(seconds)
+    except TimeoutError:
+        if done.done():
+            raise  # the function's own
+        raise RewardError(
+            f"reward {name!r} did not come back within reward_timeout, {seconds:g} seconds"
+        ) from None
 
 
 def prompt_of(record: Mapping[str, Any]) -> list[dict[str, str]]:

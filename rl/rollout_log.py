@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import stdev
@@ -40,16 +41,41 @@ def add_group_metrics(metrics: Metrics, groups: Sequence[Group]) -> None:
 
 
 class RolloutLog:
-    """The rollouts of this rank as JSON lines, `rank<r>.jsonl` in a folder."""
+    """The rollouts of this rank as JSON lines, `rank<r>.jsonl` in a folder.
+
+    A run begins the file anew; one that goes on cuts it back to where it was at the checkpoint, so
+    a killed run ends with the file of an uninterrupted one.
+    """
 
     def __init__(self, folder: Path, rank: int, rows: Sequence[Row]):
         self.path = folder / f"rank{rank}.jsonl"
         self.rows = rows
+        self.size = 0  # bytes of what was written
 
-    def write(self, step: int, groups: Sequence[Group]) -> None:
-        """Add a rollout batch, sampled before optimizer step `step`."""
+    def go_on(self, size: int) -> None:
+        """Go on from a checkpoint that was saved when the file had `size` bytes."""
+        self.size = size
+
+    def write(
+        self, step: int, batch: int, groups: Sequence[Group], discarded: Sequence[Group] = ()
+    ) -> None:
+        """Add a rollout batch, sampled before optimizer step `step`.
+
+        discarded: groups whose place others took; they have "used": false.
+        """
+        self._cut_back()
         with append_jsonl(self.path) as out:
-            for group in groups:
-                record = {"step": step, **group.to_json()}
+            for used, group in [(True, g) for g in groups] + [(False, g) for g in discarded]:
+                record = {"step": step, "batch": batch, "used": used, **group.to_json()}
                 record["question"] = self.rows[group.question].data["id"]
                 out.write(dump_line(record))
+        self.size = self.path.stat().st_size
+
+    def _cut_back(self) -> None:
+        """Take away what a run that was killed wrote after the checkpoint."""
+        there = self.path.stat().st_size if self.path.exists() else 0
+        if there < self.size:
+            print(f"{self.path}: rollouts before this step are missing, it was cut or removed")
+            self.size = there
+        elif there > self.size:
+            os.truncate(self.path, self.size)

@@ -18,8 +18,11 @@ from typing import Any
 import torch
 
 from internvl.data import Row
-from internvl.sampler import Completion, Sampler, SamplingConfig, request_of
+from internvl.errors import DataError
+from internvl.sampler import Completion, SamplingConfig, StreamSampler, request_of
+from rewards import Verdict
 from rl.advantages import group_advantages, has_spread
+from rl.judging import sample_and_judge
 from rl.rewarding import Rewarded, Rewarder
 
 
@@ -71,8 +74,13 @@ def questions_of_batch(number: int, size: int, batch: int, seed: int) -> list[in
     >>> questions_of_batch(5, 2, 0, 7) + questions_of_batch(5, 2, 1, 7) == order[:4]
     True
     """
+    return questions_at(number, batch * size, size, seed)
+
+
+def questions_at(number: int, start: int, count: int, seed: int) -> list[int]:
+    """The questions at `count` places of the stream, from place `start` on."""
     out, orders = [], dict[int, list[int]]()
-    for place in range(batch * size, (batch + 1) * size):
+    for place in range(start, start + count):
         epoch, index = divmod(place, number)
         if epoch not in orders:
             orders[epoch] = question_order(number, epoch, seed)
@@ -88,6 +96,14 @@ def request_seed(seed: int, batch: int, question_id: str, repeat: int = 0) -> in
     text = f"{seed}/{batch}/{question_id}" + (f"/{repeat}" if repeat else "")
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A question that could not be asked, and why: an image was broken at that time."""
+
+    question: int
+    reason: str
 
 
 @dataclass
@@ -110,7 +126,7 @@ class RolloutMaker:
     def __init__(
         self,
         rows: Sequence[Row],
-        sampler: Sampler,
+        sampler: StreamSampler,
         settings: RolloutSettings,
         rewarder: Rewarder,
     ):
@@ -119,33 +135,82 @@ class RolloutMaker:
         self.settings = settings
         self.rewarder = rewarder
 
-    def make(self, batch: int, weight_version: int, trainer_state: Any = None) -> list[Group]:
+    def places(self) -> list[int]:
+        """Which of the places of a rollout batch of all ranks are this rank's, step by step.
+
+        W ranks do in a step what one of W times the questions does.
+        """
+        s = self.settings
+        starts = [(step * s.world_size + s.rank) * s.questions for step in range(s.steps)]
+        return [place for start in starts for place in range(start, start + s.questions)]
+
+    def make(
+        self,
+        batch: int,
+        weight_version: int,
+        trainer_state: Any = None,
+        *,
+        start: int | None = None,
+    ) -> list[Group | Broken]:
         """Sample, judge and weigh this rank's groups of rollout batch `batch`.
 
-        trainer_state: handed to the users' reward functions.
+        trainer_state: handed to the users' reward functions. start: the batch's first place in the
+        stream of questions, where earlier batches took more than their own number.
         """
         s = self.settings
         size = s.questions * s.steps * s.world_size
-        everyone = questions_of_batch(len(self.rows), size, batch, s.seed)
-        # shared out step by step: W ranks do in a step what one of W times the questions does
-        starts = [(step * s.world_size + s.rank) * s.questions for step in range(s.steps)]
-        places = [place for start in starts for place in range(start, start + s.questions)]
-        mine = [everyone[place] for place in places]
-        repeats = [everyone[:place].count(everyone[place]) for place in places]
-        rows = [self.rows[index] for index in mine]
+        first = batch * size if start is None else start
+        everyone = questions_at(len(self.rows), first, size, s.seed)
+        places = self.places()
+        asked = [(everyone[place], everyone[:place].count(everyone[place])) for place in places]
+        return self.answer(batch, asked, weight_version, trainer_state)
+
+    def answer(
+        self,
+        batch: int,
+        asked: Sequence[tuple[int, int]],
+        weight_version: int,
+        trainer_state: Any = None,
+    ) -> list[Group | Broken]:
+        """The groups of questions, each with how often it came before in the batch."""
+        s = self.settings
         requests = [
-            request_of(row, request_seed(s.seed, batch, row.data["id"], repeat))
-            for row, repeat in zip(rows, repeats, strict=True)
+            request_of(row := self.rows[index], request_seed(s.seed, batch, row.data["id"], repeat))
+            for index, repeat in asked
         ]
-        answers = self.sampler.sample(requests, s.sampling)
+        records = [self.rows[index].data for index, _ in asked]
+        sampled = sample_and_judge(
+            *(self.sampler, self.rewarder.verify, requests, records, s.sampling)
+        )
+        judged = [
+            (index, answer, verdicts)
+            for (index, _), answer, verdicts in zip(asked, *sampled, strict=True)
+            if not isinstance(answer, DataError)
+        ]
+        groups = iter(self._groups(judged, weight_version, trainer_state))
+        return [
+            Broken(index, str(answer)) if isinstance(answer, DataError) else next(groups)
+            for (index, _), answer in zip(asked, sampled[0], strict=True)
+        ]
+
+    def _groups(
+        self,
+        judged: Sequence[tuple[int, list[Completion], list[Verdict]]],
+        weight_version: int,
+        trainer_state: Any,
+    ) -> list[Group]:
+        """Groups of (question, its completions, their verdicts); the rewards of all at once."""
+        if not judged:
+            return []
         answered = [
-            (row.data, completion)
-            for row, completions in zip(rows, answers, strict=True)
-            for completion in completions
+            (self.rows[index].data, done)
+            for index, completions, _ in judged
+            for done in completions
         ]
-        rewarded = self.rewarder.reward(answered, trainer_state)
+        verdicts = [verdict for *_, several in judged for verdict in several]
+        rewarded = self.rewarder.reward(answered, trainer_state, verdicts)
         groups, start = [], 0
-        for index, completions in zip(mine, answers, strict=True):
+        for index, completions, _ in judged:
             part = slice(start, start + len(completions))
             groups.append(self._group(index, completions, rewarded, part, weight_version))
             start = part.stop

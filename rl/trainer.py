@@ -11,30 +11,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import InternVLProcessor
+from transformers.trainer_utils import EvalLoopOutput
 
-from internvl.chat import forbidden_token_ids, normalize_tiles
-from internvl.checkpoint import full_weights
+from internvl.chat import forbidden_token_ids
 from internvl.data import Row
 from internvl.errors import UserError
 from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
-from internvl.sampler import NO_V2PE, Sampler, SamplingConfig
+from internvl.sampler import NO_V2PE, SamplingConfig, StreamSampler
 from rewards.pool import shared_pool
+from rl.ahead import Ahead, Made
 from rl.config import RLConfig
+from rl.evaluation import HeldOut
+from rl.frozen_vision import FrozenVision
 from rl.groups import GroupEncoder, StartWeights
+from rl.guards import CollapseError, CollapseGuard, StepTotals
 from rl.losses import Counts, PolicyTokens, correction_weights, policy_loss
+from rl.refill import fill, scale_by_batch
 from rl.rewarding import Rewarder, Verify, make_terms, make_verifier
 from rl.rollout_log import RolloutLog, add_group_metrics
 from rl.rollouts import Group, RolloutMaker, RolloutSettings
-from training.batches import STEP_BATCH, StepBatch
-from training.metrics import Metrics
-from training.refusals import refuse_sharded
+from rl.syncing import make_sync
+from rl.tracker_table import log_table, table_rows
+from training.batches import STEP_BATCH, BadRow, StepBatch
+from training.late_checks import LateChecks, late_quarantine
+from training.metrics import Metrics, sum_over_ranks
 from training.trainer import PackedTrainer
 
 
@@ -66,7 +74,7 @@ class RLTrainer(PackedTrainer):
         train_dataset: Sequence[Row],
         processing_class: InternVLProcessor,
         *,
-        sampler: Sampler,
+        sampler: StreamSampler,
         verify: Verify | None = None,
         **kwargs: Any,
     ):
@@ -78,13 +86,14 @@ class RLTrainer(PackedTrainer):
         reference = ("ref_logprobs",) if self.objective.beta else ()
         self.token_value_names = ("sampler_logprobs", "old_logprobs", *reference)
         self._next_batch = 0
+        self._next_place = 0  # in the stream of questions
+        self._bad: list[BadRow] = []  # questions of the last rollout batch that could not be asked
         self._synced_at: int | None = None
         super().__init__(model, args, train_dataset, processing_class, **kwargs)
         vocab_size = self.accelerator.unwrap_model(self.model).config.text_config.vocab_size
         self._forbidden = forbidden_token_ids(processing_class, vocab_size)
-        if sampler.name == "vllm" and self.encoder.position_steps != (1.0,):
+        if sampler.name in ("vllm", "servers") and self.encoder.position_steps != (1.0,):
             raise UserError(f"position_step is {self.encoder.position_steps[0]:g}: {NO_V2PE}")
-        refuse_sharded(self, "handing the policy's weights to the sampler")
         settings = RolloutSettings(
             sampling=SamplingConfig(
                 n=args.num_generations,
@@ -102,18 +111,44 @@ class RLTrainer(PackedTrainer):
         )
         if verify is None:
             verify = make_verifier(args, shared_pool()).verdicts
-        rewarder = Rewarder(train_dataset, make_terms(args), verify)
+        rewarder = Rewarder(train_dataset, make_terms(args), verify, args.reward_timeout)
         self.maker = RolloutMaker(train_dataset, sampler, settings, rewarder)
-        model = self.accelerator.unwrap_model(self.model)
-        frozen = not any(p.requires_grad for p in self._vision_parameters(model))
+        self._ahead = Ahead(self.maker)
+        self._sync = make_sync(self, settings.sampling)
+        self._frozen = FrozenVision(self).of_model()
         self.groups = GroupEncoder(
             train_dataset,
             self.encoder,
             self.objective,
             mask_truncated=args.mask_truncated_completions,
-            vision=self._vision_features if frozen else None,
+            vision=None if self._frozen is None else self._frozen.features,
         )
+        model = self.accelerator.unwrap_model(self.model)
         self._start = StartWeights(model) if self.objective.beta else None
+        self._guard = CollapseGuard(args)
+        self._totals = StepTotals()
+        self._collapsed: str | None = None
+        self._latest: list[Group] = []  # the last rollout batch's, for the trackers
+        self._held_out: HeldOut | None = None
+        folder = Path(args.output_dir or "")
+        if self.eval_dataset is not None:
+            n = args.num_generations_eval or args.num_generations
+            temperature = args.eval_temperature
+            if temperature is None:
+                temperature = args.temperature
+            self._held_out = HeldOut(
+                self.eval_dataset,
+                Rewarder(self.eval_dataset, make_terms(args), verify, args.reward_timeout),
+                replace(
+                    settings, sampling=replace(settings.sampling, n=n, temperature=temperature)
+                ),
+                args.eval_pass_k or sorted({1, n}),
+                folder / "evaluation",
+            )
+        self._log = RolloutLog(folder / "rollouts", args.process_index, train_dataset)
+        self.late_checks = LateChecks(
+            late_quarantine(args), args.max_bad, rank=args.process_index, device=args.device
+        )
 
     @property
     def rl_args(self) -> RLConfig:
@@ -131,19 +166,44 @@ class RLTrainer(PackedTrainer):
         """The next optimizer step's groups of this rank, sampled now if none are left."""
         if not self._pending:
             self._roll_out()
-        return self._step_batch(self._pending.pop(0))
+        step = self._step_batch(self._pending.pop(0))
+        step.bad, self._bad = self._bad, []
+        step.rows = self.args.per_device_train_batch_size + len(step.bad)
+        return step
 
     def sync_weights(self) -> None:
-        """Give the sampler the policy's weights, unless it has this version."""
+        """Give the sampler the policy's weights, unless it has this version; see rl/syncing.py."""
+        self._ahead.wait()  # no server is given weights while it samples
         if self._synced_at != self.state.global_step:
             model = self.accelerator.unwrap_model(self.model)
-            self.sampler.update_weights(full_weights(model))
+            gap = self._sync.push(model, self.state.global_step)
+            if gap is not None:
+                self._metrics.maximum("sampling/canary_gap", torch.tensor([gap]))
             self._synced_at = self.state.global_step
 
     def _roll_out(self) -> None:
-        self.sync_weights()
-        groups = self.maker.make(self._next_batch, self.state.global_step, self.state)
-        self._next_batch += 1
+        args, version, start = self.rl_args, self.state.global_step, self._next_place
+        try:
+            ahead = self._ahead.wait()
+            self.sync_weights()
+            if ahead is None:
+                made = self.maker.make(self._next_batch, version, self.state, start=start)
+                ahead = Made(self._next_batch, start, version, made)
+        except UserError:  # the sampler is gone, or not what it should be: the training is not
+            self._save_before_stopping()
+            raise
+        self._ahead.take()
+        assert (ahead.batch, ahead.start) == (self._next_batch, start)
+        self._metrics.maximum("sampling/staleness", torch.tensor([version - ahead.weight_version]))
+        filled = fill(
+            *(self.maker, ahead.groups, self._next_batch, start, version, self.state),
+            rounds=args.max_resample_times if args.dynamic_sample else 0,
+        )
+        groups = filled.groups
+        if args.scale_rewards == "batch":
+            scale_by_batch(groups, args.advantage_estimator)
+        self._bad = filled.bad
+        self._next_place += filled.taken
         self.groups.forget()
         size = self.args.per_device_train_batch_size
         self._pending = [groups[start : start + size] for start in range(0, len(groups), size)]
@@ -155,14 +215,26 @@ class RLTrainer(PackedTrainer):
             with self._start.in_place(self.accelerator.unwrap_model(self.model)):
                 for step in self._pending:
                     self._add_logprobs(step, "ref_logprobs")
-        self._log_rollouts(groups)
-
-    def _log_rollouts(self, groups: Sequence[Group]) -> None:
         add_group_metrics(self._metrics, groups)
-        if self.rl_args.log_completions:
-            folder = Path(self.args.output_dir or "") / "rollouts"
-            log = RolloutLog(folder, self.args.process_index, self.rows)
-            log.write(self.state.global_step, groups)
+        self._latest = groups
+        if args.dynamic_sample:
+            sampled = len(groups) + len(filled.discarded)
+            self._metrics.ratio("frac_groups_discarded", len(filled.discarded), sampled)
+        if args.log_completions:
+            self._log.write(version, self._next_batch, groups, filled.discarded)
+        self._next_batch += 1
+        more = self._next_batch * args.steps_per_generation < args.max_steps
+        if args.max_staleness and more:
+            self._ahead.begin(self._next_batch, self._next_place, version, self.state)
+        if args.vllm_enable_sleep_mode:
+            self.sampler.sleep()
+            self._synced_at = None  # it wakes with new weights
+
+    def _save_before_stopping(self) -> None:
+        """A checkpoint of the steps that were taken, unless there is one."""
+        folder = Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"
+        if self.state.global_step and not folder.exists() and self.args.save_strategy != "no":
+            self._save_checkpoint(self.model, trial=None)
 
     # ---- groups to steps ----
 
@@ -188,6 +260,12 @@ class RLTrainer(PackedTrainer):
         kept = filter(self.groups.carries_gradient, groups)
         batch = self.collator.batch([self.encode(group) for group in kept])
         batch.counts = self._counts(groups)
+        self._totals = StepTotals(
+            length=float(sum(len(ids) for group in groups for ids in group.completions)),
+            completions=batch.counts["sequences"],
+            with_spread=float(sum(group.spread for group in groups)),
+            groups=batch.counts["examples"],
+        )
         return batch
 
     @torch.no_grad()
@@ -196,8 +274,11 @@ class RLTrainer(PackedTrainer):
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         kept = list(filter(self.groups.carries_gradient, groups))
-        for batch in self.collator.batch([self.encode(group) for group in kept]).microbatches:
+        step = self.collator.batch([self.encode(group) for group in kept])
+        for batch, _ in self._microbatches(step):  # as many on every rank: shards are gathered
             logprobs = self.score(model, batch).logprobs.cpu()
+            if not batch.real:
+                continue
             by_completion = iter(logprobs.split(batch.lengths.tolist()))
             for index in batch.example_index.tolist():
                 group = kept[index]
@@ -206,38 +287,9 @@ class RLTrainer(PackedTrainer):
                     values[place] = next(by_completion).tolist()
                 setattr(group, name, values)
 
-    @staticmethod
-    def _vision_parameters(model: nn.Module) -> list[nn.Parameter]:
-        named = model.named_parameters()
-        return [parameter for name, parameter in named if "vision_tower." in name]
-
-    @torch.no_grad()
-    def _vision_features(self, tiles: Tensor) -> Tensor:
-        """The frozen vision tower's features of uint8 tiles, on the CPU."""
-        if not len(tiles):
-            return self._no_features(0)
-        model = self.accelerator.unwrap_model(self.model)
-        training = model.training
-        model.eval()
-        pixels = normalize_tiles(self.processing_class, tiles.to(self.args.device))
-        with self.accelerator.autocast():
-            features = model(vision_of=pixels).cpu()
-        model.train(training)
-        return features
-
-    def _no_features(self, tiles: int) -> Tensor:
-        config = self.accelerator.unwrap_model(self.model).config
-        width = int(config.vision_config.hidden_size / config.downsample_ratio**2)
-        return torch.zeros(tiles, self.processing_class.image_seq_length, width)
-
     def vision_inputs(self, batch: PackedBatch) -> dict[str, Tensor]:
         """The kept features where the vision tower is frozen, otherwise pixels."""
-        if self.groups.vision is None:
-            return super().vision_inputs(batch)
-        features = batch.vision_features
-        if features is None or not len(features):
-            features = self._no_features(1).to(self.args.device)
-        return {"vision_features": features}
+        return super().vision_inputs(batch) if self._frozen is None else self._frozen.inputs(batch)
 
     def score_options(self) -> dict[str, Any]:
         """The sampler's own temperature and forbidden ids, so that log-probabilities compare."""
@@ -279,6 +331,8 @@ class RLTrainer(PackedTrainer):
             metrics.mean("kl", result.kl)
         assert scores.entropy is not None
         metrics.mean("entropy", scores.entropy)
+        self._totals.entropy += float(scores.entropy.detach().double().sum())
+        self._totals.tokens += len(scores.entropy)
         return result.loss, metrics
 
     def _correct(self, tokens: PolicyTokens, drawn: Tensor, metrics: Metrics) -> None:
@@ -298,7 +352,8 @@ class RLTrainer(PackedTrainer):
         metrics.maximum("sampling/importance_sampling_ratio/max", weights)
 
     def _check_gap(self, gap: Tensor) -> None:
-        bound = self.rl_args.max_logprob_gap
+        # of weights that are older on purpose, a gap says nothing: the canary is looked at alone
+        bound = None if self.rl_args.max_staleness else self.rl_args.max_logprob_gap
         if bound is not None and gap.numel() and float(gap.max()) > bound:
             raise UserError(
                 f"step {self.state.global_step}: sampler and trainer differ by "
@@ -312,14 +367,67 @@ class RLTrainer(PackedTrainer):
         taken = self.args.per_device_train_batch_size * self.args.world_size
         self.state.epoch = self.state.global_step * taken / len(self.rows)
         super().log(logs, start_time)
+        if self.rl_args.log_completions and "loss" in logs and self.is_world_process_zero():
+            table = table_rows(self.state.global_step, self.rows, self._latest)
+            images = self.rl_args.log_multimodal
+            log_table(self.callback_handler.callbacks, self.state.global_step, table, images=images)
+
+    # ---- guards ----
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """PackedTrainer's, and a look at the step's totals over all ranks."""
+        loss = super().training_step(*args, **kwargs)
+        if self.rl_args.watches_for_collapse:
+            totals = sum_over_ranks(vars(self._totals), self.args.device)
+            self._collapsed = self._guard.look(StepTotals(**totals))
+        return loss
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Transformers' own; a run that has collapsed ends here, with a checkpoint."""
+        if self._collapsed is not None:
+            self.control.should_log = self.control.should_save = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._collapsed is not None:
+            raise CollapseError(f"step {self.state.global_step}: {self._collapsed}")
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Nothing: held-out questions are answered, not loaded."""
+        return None
+
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Answer the held-out questions with the current weights; see rl/evaluation.py."""
+        if self._held_out is None:
+            raise UserError("evaluation needs an eval_dataset")
+        self.sync_weights()
+        values = self._held_out.evaluate(self.sampler, self.state.global_step, self.state)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        return EvalLoopOutput(None, None, named, len(self._held_out.rows))
 
     # ---- checkpoints ----
 
+    def stage_state(self) -> dict[str, Any]:
+        """How many questions were asked and could not be; how close the run is to a collapse."""
+        assert self.late_checks is not None
+        counts = {"rows_seen": self.late_checks.seen, "rows_bad": self.late_checks.bad}
+        return {**counts, "collapse_streaks": self._guard.streaks}
+
+    def load_stage_state(self, state: dict[str, Any]) -> None:
+        """Go on with these counts."""
+        assert self.late_checks is not None
+        self._guard.streaks = state.get("collapse_streaks", {})
+        self.late_checks.go_on(state.get("rows_seen", 0), state.get("rows_bad", 0))
+
     def save_rank_state(self, folder: Path) -> None:
         """This rank's place in the stream and the steps of the rollout batch not yet taken."""
+        made = self._ahead.wait()
         state = {
             "next_batch": self._next_batch,
+            "next_place": self._next_place,
+            "log_size": self._log.size,
             "rollout_tokens": self._rollout_tokens,
+            "ahead": made and made.to_json(),
             "pending": [[group.to_json() for group in groups] for groups in self._pending],
         }
         path = folder / f"rollouts_{self.args.process_index}.json"
@@ -329,6 +437,8 @@ class RLTrainer(PackedTrainer):
         """Go on in the stream where `save_rank_state` left it."""
         path = folder / f"rollouts_{self.args.process_index}.json"
         state = json.loads(path.read_text(encoding="utf-8"))
-        self._next_batch = state["next_batch"]
+        self._next_batch, self._next_place = state["next_batch"], state["next_place"]
+        self._log.go_on(state["log_size"])
         self._rollout_tokens = state["rollout_tokens"]
+        self._ahead.put(state["ahead"] and Made.from_json(state["ahead"]))
         self._pending = [[Group(**group) for group in groups] for groups in state["pending"]]
