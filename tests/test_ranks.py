@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from plain import gradient_error
+from tiny_llms import make_family
 from trainer_cases import train, write_images
 from two_ranks import CASES, IMAGES, WORLD, Case
 
@@ -111,3 +112,11 @@ def test_two_ranks_are_one_process_in_every_case(
     name: str, tiny_model: Path, slow_start: Start
 ) -> None:
     check_case(name, tiny_model, slow_start)
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_process_over_qwen2(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The tiny model is a Qwen3; InternVL2.5 and 3 come with Qwen2."""
+    model = make_family(tmp_path_factory.mktemp("qwen2"), "qwen2")
+    name = "mpo-every-loss"
+    check_case(name, model, start(model, tmp_path_factory.mktemp("ranks"), [name]))

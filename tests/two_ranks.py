@@ -35,6 +35,7 @@ from trainer_cases import (
 
 from internvl.data import Row
 from internvl.errors import UserError
+from mpo.loss_set import LOSSES
 
 WORLD = 2
 IMAGES = 16  # rows that have images on disk
@@ -80,12 +81,15 @@ RL = {
     "epsilon": 0.2,
     "epsilon_high": 0.3,
 }
+EVERY_LOSS = {"loss_type": list(LOSSES), "label_smoothing": 0.1, "beta": 0.3}
 UNEVEN = ([3, 3], [3, 1])
 EMPTY = ([3, 2], [3, 0])
 CASES = {
     "mpo-uneven-last": Case("mpo", 10, 3, UNEVEN),
     "mpo-empty-last": Case("mpo", 8, 3, EMPTY, {"gradient_checkpointing": True}),
     "mpo-live": Case("mpo", 8, 3, EMPTY, {"precompute_ref_log_probs": False}),
+    "mpo-every-loss": Case("mpo", 10, 3, UNEVEN, EVERY_LOSS),
+    "mpo-no-reference": Case("mpo", 8, 3, EMPTY, {"loss_type": ["orpo", "sft"]}),
     "sft-uneven-last": Case("sft", 10, 3, UNEVEN, {"loss_average": "token"}),
     "sft-empty-last": Case("sft", 8, 3, EMPTY, {"num_train_epochs": 2}),
     "sft-frozen": Case("sft", 8, 3, EMPTY, {"freeze_vit": True, "freeze_projector": True}),
