@@ -3,6 +3,11 @@
 The output head and the log-softmax run over a few rows of hidden states at a time; in training
 each chunk is recomputed in backward, so that one chunk of logits is all that is ever alive. A
 chunk's logits are the only tensor of that size: backward writes their gradient into them.
+
+Where `use_liger_kernel` is asked for, Liger's LigerFusedLinearScaledCrossEntropyFunction (0.8.5,
+ops/fused_linear_scaled_cross_entropy.py) stands in: it has a temperature, an entropy, and a
+backward for any gradient of each token's. It takes no forbidden ids, and the head's weight instead
+of the head, so chunks of our own remain for RL and for heads that are more than a weight.
 """
 
 from __future__ import annotations
@@ -118,6 +123,35 @@ def _score_chunk(
     return scores
 
 
+def _is_bare(lm_head: nn.Module) -> bool:
+    """Whether the head is its weight and nothing else: no bias, adapter, shard or hook."""
+    if type(lm_head) is not nn.Linear or lm_head.bias is not None:
+        return False
+    hooks = (lm_head._forward_hooks, lm_head._forward_pre_hooks)
+    whole = type(lm_head.weight) is nn.Parameter and lm_head.weight.numel() > 0  # ZeRO-3: empty
+    return whole and not any(hooks)
+
+
+def _score_by_liger(
+    hidden: Tensor, targets: Tensor, weight: Tensor, temperature: float, with_entropy: WithEntropy
+) -> TokenScores:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):  # the function is not one that autocast knows
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    out = LigerFusedLinearScaledCrossEntropyFunction.apply(
+        hidden, weight, targets, temperature=temperature, return_entropy=bool(with_entropy)
+    )
+    if not with_entropy:
+        return TokenScores(-out, None)
+    nll, entropy = out
+    return TokenScores(
+        -nll, entropy.float() if with_entropy == "grad" else entropy.detach().float()
+    )
+
+
 def score_tokens(
     hidden: Tensor,
     targets: Tensor,
@@ -128,13 +162,19 @@ def score_tokens(
     with_entropy: WithEntropy = False,
     vocab_size: int,
     max_logits: int | None = None,
+    liger: bool = False,
 ) -> TokenScores:
     """Log-probabilities (and entropies) of `targets` under the head.
 
     hidden: [N, D]; targets: [N]. temperature divides the logits and `forbidden` ids have no
     probability, as in the sampler that drew the tokens. At most `max_logits` logits live at once
-    (by default MAX_LOGITS, on a GPU MAX_LOGITS_GPU).
+    (by default MAX_LOGITS, on a GPU MAX_LOGITS_GPU). liger: use Liger's function where it can do
+    the same, see the module's docstring.
     """
+    if liger and not forbidden and len(targets) and _is_bare(lm_head):
+        weight = lm_head.weight
+        assert isinstance(weight, Tensor)
+        return _score_by_liger(hidden, targets, weight, temperature, with_entropy)
     if max_logits is None:
         max_logits = MAX_LOGITS if hidden.device.type == "cpu" else MAX_LOGITS_GPU
     rows = max(1, max_logits // vocab_size)

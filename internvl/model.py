@@ -27,9 +27,11 @@ class InternVLForConditionalGeneration(transformers.InternVLForConditionalGenera
     """transformers' InternVL with a packed forward that returns log-probabilities.
 
     attention_backend: how a packed row's attention is computed (`internvl.attention`); may be set.
+    liger_head: whether Liger's function scores the tokens where it can (`internvl.logprobs`).
     """
 
     attention_backend: str = AUTO
+    liger_head: bool = False
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -106,6 +108,7 @@ class InternVLForConditionalGeneration(transformers.InternVLForConditionalGenera
             with_entropy=with_entropy,
             vocab_size=self.config.text_config.vocab_size,
             max_logits=max_logits,
+            liger=self.liger_head,
         )
         if not packed.real:
             # no token is scored: this ties the filler's graph to the result, times zero

@@ -5,9 +5,11 @@ Invariants 2 and 3 of the design: an image is seen once and a prompt once; no [t
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -257,3 +259,80 @@ def test_wrong_number_of_image_slots_is_an_error(cases: Cases) -> None:
     wrong.image_positions = wrong.image_positions[1:]
     with pytest.raises(UserError, match="3 image slots but 4 image features"):
         cases.score(wrong)
+
+
+# ---------------------------------------------------------------- Liger's function
+
+
+class LigersContract:
+    """What LigerFusedLinearScaledCrossEntropyFunction of liger-kernel 0.8.5 promises, plainly."""
+
+    calls = 0
+
+    @classmethod
+    def apply(
+        cls,
+        _input: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        temperature: float = 1.0,
+        ignore_index: int = -100,
+        m_tiles_per_cluster: int = 1,
+        return_entropy: bool = False,
+    ) -> Any:
+        assert _input.dtype == weight.dtype and len(_input)
+        cls.calls += 1
+        every = (_input @ weight.t() / temperature).float().log_softmax(1)
+        nll = -every.gather(1, target[:, None])[:, 0]
+        return (nll, -(every.exp() * every).sum(1)) if return_entropy else nll
+
+
+@pytest.fixture
+def liger(monkeypatch: pytest.MonkeyPatch) -> type[LigersContract]:
+    ops = SimpleNamespace(LigerFusedLinearScaledCrossEntropyFunction=LigersContract)
+    monkeypatch.setitem(sys.modules, "liger_kernel", SimpleNamespace(ops=ops))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", ops)
+    LigersContract.calls = 0
+    return LigersContract
+
+
+@pytest.mark.parametrize("entropy", [False, True, "grad"])
+def test_ligers_scores_are_ours(liger: type[LigersContract], entropy: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(5, 17, bias=False)
+    hidden = torch.randn(9, 5, generator=generator).requires_grad_()
+    targets = torch.randint(0, 17, (9,), generator=generator)
+    weights = torch.randn(2, 9, generator=generator)
+    losses = []
+    for asked in (False, True):
+        scores = score_tokens(
+            *(hidden, targets, head),
+            temperature=0.7,
+            with_entropy=entropy,
+            vocab_size=17,
+            liger=asked,
+        )
+        loss = (scores.logprobs * weights[0]).sum()
+        if entropy:
+            assert scores.entropy is not None
+            assert scores.entropy.requires_grad == (entropy == "grad")
+            loss = loss + (scores.entropy * weights[1]).sum()
+        losses.append(loss)
+    assert liger.calls == 1
+    assert torch.allclose(*losses, atol=1e-5)
+    same_gradients(*losses, hidden, head)
+
+
+def test_liger_leaves_what_it_cannot_do(liger: type[LigersContract]) -> None:
+    """Forbidden ids, no token at all, a bias, and a head with a hook (FSDP, DeepSpeed)."""
+    hidden, targets = torch.randn(3, 5), torch.tensor([1, 2, 3])
+    head = torch.nn.Linear(5, 17, bias=False)
+    score_tokens(hidden, targets, head, forbidden=[0], vocab_size=17, liger=True)
+    score_tokens(hidden[:0], targets[:0], head, vocab_size=17, liger=True)
+    score_tokens(hidden, targets, torch.nn.Linear(5, 17), vocab_size=17, liger=True)
+    handle = head.register_forward_pre_hook(lambda *_: None)
+    score_tokens(hidden, targets, head, vocab_size=17, liger=True)
+    assert liger.calls == 0
+    handle.remove()
+    score_tokens(hidden, targets, head, vocab_size=17, liger=True)
+    assert liger.calls == 1
