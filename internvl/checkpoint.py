@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -28,11 +29,14 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(path: str | Path, *, dtype: str = "float32") -> InternVLForConditionalGeneration:
+def load_model(
+    path: str | Path, *, dtype: str = "float32", quantization: Any = None
+) -> InternVLForConditionalGeneration:
     """Load an HF-native InternVL checkpoint for training; every weight must match by name.
 
-    dtype: "float32", "bfloat16" or "float16". Raises `UserError` naming what is missing,
-    unexpected or of another shape.
+    dtype: "float32", "bfloat16" or "float16". quantization: transformers' configuration of a base
+    that is quantised as it is loaded, on this process's device. Raises `UserError` naming what is
+    missing, unexpected or of another shape.
     """
     path = Path(path)
     require_hf_layout(path)
@@ -44,17 +48,32 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> InternVLForCondit
             dtype=DTYPES[dtype],
             attn_implementation={"text_config": SHARED_PREFIX, "vision_config": "sdpa"},
             output_loading_info=True,
+            **({} if quantization is None else _quantised(quantization)),
         )
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: the weights cannot be loaded: {reason}") from None
     refuse_unmatched(path, info)
+    _keep_gradients(model)
     if model.lm_head.weight is not model.get_input_embeddings().weight:
         # transformers 5 reads a config that is silent about it as tied, and keeps saying so where
         # the stored head is another (internvl.conversion.heads): what is saved must not
         model.config.tie_word_embeddings = False
         model.config.text_config.tie_word_embeddings = False
     return adopt(model)
+
+
+def _keep_gradients(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from its layout for CPUs, made in evaluation, which has no backward."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _quantised(quantization: Any) -> dict[str, Any]:
+    device = PartialState().device
+    place = device.index if device.type == "cuda" else device.type
+    return {"quantization_config": quantization, "device_map": {"": place}}
 
 
 def refuse_unmatched(path: str | Path, info: dict[str, Any]) -> None:

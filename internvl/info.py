@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 
 from internvl.errors import UserError
 from internvl.folders import HF_TYPE, read_config_json
+from internvl.memory import GIB, Memory, State, Work, count_lora, estimate
 from internvl.parts import PARTS, part_of
 from internvl.terminal import print_table
 
 if TYPE_CHECKING:
     from transformers import InternVLConfig
-
-GIB = 2**30
 
 
 def weight_headers(folder: Path) -> Iterator[tuple[str, list[int], str]]:
@@ -75,23 +74,6 @@ TRAININGS = (
 )
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of a training run on one device, without sharding."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    engine: int
-
-    @property
-    def total(self) -> int:
-        """All of it, in bytes."""
-        return sum(vars(self).values())
-
-
 def estimate_memory(
     config: InternVLConfig,
     parameters: dict[str, int],
@@ -109,92 +91,14 @@ def estimate_memory(
     log-probabilities are computed once. Not counted: the allocator's slack, the engine's KV cache.
     """
     everything = sum(parameters.values())
-    trained = everything if training.vision else parameters[PARTS[2]]
     if training.lora_r is not None:
         adapters = count_lora(config, training.lora_r)
-        weights, trained = 2 * everything + 4 * adapters, adapters
+        state = State(2 * everything + 4 * adapters, everything + adapters, adapters)
     else:
-        weights = 4 * everything + 2 * everything
-    return Memory(
-        weights=weights,
-        gradients=4 * trained,
-        optimizer=8 * trained,
-        activations=activation_bytes(
-            config, tokens=tokens, tiles=tiles, checkpointing=checkpointing, vision=training.vision
-        ),
-        logits=_logit_bytes(config),
-        engine=2 * everything if training.engine else 0,
-    )
-
-
-def count_lora(config: InternVLConfig, rank: int) -> int:
-    """Adapter parameters of LoRA on every linear layer of the language model.
-
-    The experts of a mixture are one tensor of three dimensions, not linear layers: they get none.
-    """
-    width, queries, keys, inner = _text_widths(config)
-    layer = (width + queries) * 2 + (width + keys) * 2
-    if "moe_intermediate_size" not in config.text_config.to_dict():
-        layer += 3 * (width + inner)
-    return rank * layer * config.text_config.num_hidden_layers
-
-
-def _text_widths(config: InternVLConfig) -> tuple[int, int, int, int]:
-    """(hidden size, query width, key width, width of the MLP that a token passes)."""
-    text = config.text_config.to_dict()
-    width, heads = text["hidden_size"], text["num_attention_heads"]
-    head = text.get("head_dim") or width // heads
-    inner = text["intermediate_size"]
-    if "moe_intermediate_size" in text:
-        inner = text["num_experts_per_tok"] * text["moe_intermediate_size"]
-    return width, heads * head, text["num_key_value_heads"] * head, inner
-
-
-# Bytes that autograd keeps for one token in one layer, for each unit of a width: counted with
-# saved_tensors_hooks over tiny models whose widths were varied one at a time (tests/test_info.py
-# counts again). (float32, bfloat16 autocast)
-_KEPT_HIDDEN, _KEPT_QUERY, _KEPT_KEY, _KEPT_MLP = (25, 28), (26, 15), (8, 2), (16, 8)
-_KEPT_QK_NORM = (8, 4)
-_KEPT_VISION, _KEPT_VISION_MLP = (42, 28), (8, 4)
-
-
-def activation_bytes(
-    config: InternVLConfig,
-    *,
-    tokens: int,
-    tiles: int,
-    checkpointing: bool,
-    vision: bool = True,
-    bf16: bool = True,
-) -> int:
-    """Bytes that one micro-batch's forward keeps for its backward.
-
-    checkpointing: only each layer's input is kept (float32), and one layer is whole at a time.
-    vision: False where the vision tower is frozen and keeps nothing.
-    """
-    kind = int(bf16)
-    width, queries, keys, inner = _text_widths(config)
-    layer = _KEPT_HIDDEN[kind] * width + _KEPT_QUERY[kind] * queries + _KEPT_KEY[kind] * keys
-    layer += _KEPT_MLP[kind] * inner
-    if config.text_config.model_type.startswith("qwen3"):
-        layer += _KEPT_QK_NORM[kind] * (queries + keys)
-    layers = config.text_config.num_hidden_layers
-    total = tokens * (4 * width * layers + layer if checkpointing else layer * layers)
-    if not vision or not tiles:
-        return total
-    eyes = config.vision_config
-    patches = tiles * (math.prod(eyes.image_size) // math.prod(eyes.patch_size) + 1)
-    layer = _KEPT_VISION[kind] * eyes.hidden_size + _KEPT_VISION_MLP[kind] * eyes.intermediate_size
-    layers = eyes.num_hidden_layers
-    kept = 4 * eyes.hidden_size * layers + layer if checkpointing else layer * layers
-    return total + patches * kept
-
-
-def _logit_bytes(config: InternVLConfig) -> int:
-    """One chunk of logits, four times: as computed, in float32, and twice in its backward."""
-    from internvl.logprobs import MAX_LOGITS
-
-    return 4 * 4 * max(MAX_LOGITS, config.text_config.vocab_size)
+        trained = everything if training.vision else parameters[PARTS[2]]
+        state = State(4 * everything, everything, trained)
+    work = Work(tokens, tiles, checkpointing, training.vision)
+    return estimate(config, state, work, engine=2 * everything if training.engine else 0)
 
 
 def print_info(folder: Path, *, images: Sequence[Path], max_tiles: int, tokens: int) -> None:

@@ -12,11 +12,10 @@ from internvl.checkpoint import load_model
 from internvl.errors import UserError
 from internvl.info import (
     TRAININGS,
-    activation_bytes,
-    count_lora,
     count_parameters,
     estimate_memory,
 )
+from internvl.memory import activation_bytes, count_lora
 from internvl.model import InternVLForConditionalGeneration, adopt
 from internvl.packing import Example, pack
 

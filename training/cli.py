@@ -21,6 +21,7 @@ from trl import TrlParser
 from internvl.adapters import is_adapter
 from internvl.errors import UserError
 from training.arguments import PackedTrainingArguments
+from training.quantising import check_four_bit
 
 # patterns on the paths of the linear layers in a part's blocks
 LINEAR_LAYERS = {
@@ -60,8 +61,27 @@ class ModelArguments:
         },
     )
 
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "QLoRA: hold the LLM's linear layers in 4 bits under the adapter (needs "
+            "bitsandbytes, the extra 'qlora'); vision tower and projector stay as they are."
+        },
+    )
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "4-bit numbers.", "choices": ["fp4", "nf4"]}
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "Quantise the 4-bit scales, too."}
+    )
+
     def __post_init__(self) -> None:
         """Refuse LoRA's options where no LoRA was asked for, and parts that are none."""
+        check_four_bit(self.load_in_4bit, self.use_peft, self.dtype)
+        if not self.load_in_4bit and (
+            self.bnb_4bit_quant_type != "nf4" or self.use_bnb_nested_quant
+        ):
+            raise UserError("bnb_4bit_quant_type, use_bnb_nested_quant: load_in_4bit is not set")
         if unknown := set(self.lora_parts) - set(LINEAR_LAYERS):
             raise UserError(f"lora_parts names {sorted(unknown)}; its values are llm and vit")
         if not self.lora_parts:

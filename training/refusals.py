@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -12,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from internvl.errors import UserError
 
+_GATHER = "stage3_gather_16bit_weights_on_model_save"
 _UNREAD = ("compute_loss_func", "compute_metrics", "data_collator", "preprocess_logits_for_metrics")
 
 
@@ -34,16 +36,43 @@ def refuse_unread(names: Iterable[str]) -> None:
 def refuse_other_backend(args: TrainingArguments, accelerator: Accelerator) -> None:
     """Raise `UserError` where accelerate passed over FSDP or DeepSpeed, as it does on a CPU.
 
-    And where FSDP was told to save shards: transformers would then save no weights at the end.
+    And for settings of theirs with which the result would be wrong, or not be saved.
     """
     kind = accelerator.distributed_type
     for name, asked in (("FSDP", args.fsdp), ("DEEPSPEED", args.deepspeed)):
         if (asked or parse_flag_from_env(f"ACCELERATE_USE_{name}")) and kind.value != name:
             raise UserError(f"{name} was asked for, but accelerate runs {kind.value} here")
     if kind == DistributedType.FSDP:
-        saved = str(accelerator.state.fsdp_plugin.state_dict_type)
-        if "FULL_STATE_DICT" not in saved:
-            raise UserError(f"FSDP's state_dict_type is {saved}; it must be FULL_STATE_DICT")
+        _check_fsdp(accelerator.state.fsdp_plugin)
+    if kind == DistributedType.DEEPSPEED:
+        _check_deepspeed(accelerator.state.deepspeed_plugin)
+
+
+def _check_fsdp(plugin: Any) -> None:
+    if plugin.fsdp_version != 2:
+        raise UserError(f"fsdp_version is {plugin.fsdp_version}; it must be 2")
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise UserError(  # transformers would save no weights at the end
+            f"FSDP's state_dict_type is {plugin.state_dict_type}; it must be FULL_STATE_DICT"
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise UserError(
+            "fsdp_cpu_ram_efficient_loading must be false: only the first rank would have weights "
+            "when the reference is scored and checksums are taken"
+        )
+
+
+def _check_deepspeed(plugin: Any) -> None:
+    if plugin.zero_stage == 3:
+        if not plugin.deepspeed_config["zero_optimization"].get(_GATHER):
+            raise UserError(
+                f"ZeRO-3 would save no weights: set zero3_save_16bit_model ({_GATHER}) to true"
+            )
+        if plugin.zero3_init_flag:
+            raise UserError(
+                "zero3_init_flag must be false: every rank loads whole weights, which are checked "
+                "and scored before DeepSpeed cuts them up"
+            )
 
 
 def warn_of_rounding(trainer: Trainer) -> None:

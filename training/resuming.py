@@ -7,14 +7,18 @@ stage and each rank can keep a state of their own, and that another run's checkp
 
 from __future__ import annotations
 
+import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
+from accelerate.utils.fsdp_utils import load_fsdp_optimizer
 from peft import PeftModel
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from internvl.checkpoint import checksum, load_weights
@@ -22,9 +26,21 @@ from internvl.conversion.originals import carry_originals
 from internvl.data.fingerprint import fingerprint
 from internvl.errors import UserError
 from internvl.model import InternVLForConditionalGeneration
-from training import checkpoints, refusals
+from training import checkpoints
 from training.arguments import PackedTrainingArguments
 from training.settings import run_settings
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter: all of it, or its shard under FSDP2 and ZeRO-3."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    shard = getattr(parameter, "ds_tensor", None)  # set by DeepSpeed where it has cut it up
+    return parameter if shard is None else shard
+
+
+def _load_state(part: Any, file: Path) -> None:
+    part.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
 
 class ResumableTrainer(Trainer):
@@ -68,13 +84,22 @@ class ResumableTrainer(Trainer):
         """What the training rows are; a stage that hashes its rows itself has None here."""
         return None if self.train_dataset is None else fingerprint(self.train_dataset)
 
-    def _trainable(self) -> list[tuple[str, Tensor]]:
-        model = self.accelerator.unwrap_model(self.model)
-        return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-
     @property
-    def _weights_are_whole(self) -> bool:
-        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+    def _is_sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _weights_checksum(self) -> str:
+        """Checksum of what is trained; of sharded weights over all ranks' shards, by all ranks."""
+        model = self.accelerator.unwrap_model(self.model)
+        trained = [(n, local_part(p)) for n, p in model.named_parameters() if p.requires_grad]
+        own = checksum(trained)
+        if not self._is_sharded:
+            return own
+        every = [own]
+        if self.args.world_size > 1:
+            every = [""] * self.args.world_size
+            dist.all_gather_object(every, own)
+        return hashlib.sha256("".join(every).encode()).hexdigest()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's checkpoint, our state beside it, and the marker last."""
@@ -89,11 +114,13 @@ class ResumableTrainer(Trainer):
         finally:
             self.args.save_total_limit = limit
         self.save_rank_state(folder)
+        first = self.is_world_process_zero()
+        weights = self._weights_checksum() if first or self._is_sharded else ""
         self._wait_for_all()
-        if self.is_world_process_zero():
+        if first:
             record = {
                 "step": self.state.global_step,
-                "weights": checksum(self._trainable()) if self._weights_are_whole else None,
+                "weights": weights,
                 "finished": self.control.should_training_stop,
                 "resumable": not self.args.save_only_model,
                 "settings": self._settings(),
@@ -120,12 +147,16 @@ class ResumableTrainer(Trainer):
         """Load a checkpoint's weights strictly and compare their checksum with its record."""
         folder = Path(resume_from_checkpoint)
         target = self.model if model is None else model
-        if isinstance(target, InternVLForConditionalGeneration):
+        if isinstance(target, InternVLForConditionalGeneration) and not self._is_sharded:
             load_weights(target, folder)
         else:  # adapters and sharded models: transformers knows their formats
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._go_on(folder)
+
+    def _go_on(self, folder: Path) -> None:
+        """Prove the weights that were loaded, and restore what the stage and this rank kept."""
         record = checkpoints.read_marker(folder)
-        if record["weights"] is not None and checksum(self._trainable()) != record["weights"]:
+        if self._weights_checksum() != record["weights"]:
             raise UserError(f"{folder}: the weights that were loaded are not those of the save")
         self.load_stage_state(record["stage"])
         self.load_rank_state(folder)
@@ -135,12 +166,20 @@ class ResumableTrainer(Trainer):
         """Both, or an error; transformers goes on without them where a file is missing.
 
         And by way of the CPU: with two gloo ranks transformers asks torch for a device "cpu:0",
-        which it does not know.
+        which it does not know. Sharded optimizers are loaded by who saved them: accelerate, and
+        DeepSpeed's engine, which has loaded weights and optimizer before this is called.
         """
         assert checkpoint is not None
         folder = Path(checkpoint)
-        for part, name in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
-            part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True))
+        if self.is_deepspeed_enabled:
+            self._go_on(folder)
+        elif self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            load_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, str(folder))
+        else:
+            _load_state(self.optimizer, folder / "optimizer.pt")
+        if not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):  # else the engine's
+            _load_state(self.lr_scheduler, folder / "scheduler.pt")
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Transformers' epoch; none after the run's last checkpoint, where it would add a step."""
@@ -161,7 +200,6 @@ class ResumableTrainer(Trainer):
             raise UserError(f"{output_dir} holds checkpoints and resume is 'never'")
         if folder is not None:
             checkpoints.check_same_run(folder, settings)
-            refusals.refuse_sharded(self, "going on from a checkpoint")
         checkpoints.refuse_foreign(output_dir)
         self._wait_for_all()
         if self.is_world_process_zero():

@@ -14,7 +14,7 @@ from transformers import InternVLProcessor, set_seed
 
 from internvl.adapters import base_of, put_adapter
 from internvl.chat import load_processor
-from internvl.checkpoint import load_model
+from internvl.checkpoint import DTYPES, load_model
 from internvl.data import (
     Kind,
     Quarantine,
@@ -33,6 +33,7 @@ from training.arguments import PackedTrainingArguments
 from training.attention import check_checkpoint_attention
 from training.cli import ModelArguments
 from training.encoders import make_encoder
+from training.quantising import four_bit
 
 
 @dataclass
@@ -114,7 +115,7 @@ def open_stage(model_args: ModelArguments, args: PackedTrainingArguments) -> Sta
     base = base_of(folder)
     check_checkpoint_attention(args, base, model_args.dtype)
     processor = load_processor(str(base))
-    model = load_model(base, dtype=model_args.dtype)
+    model = load_model(base, dtype=model_args.dtype, quantization=quantization(model_args))
     own = model.config.text_config.max_position_embeddings
     limit = args.max_length or own
     if limit > own:
@@ -131,6 +132,17 @@ def open_stage(model_args: ModelArguments, args: PackedTrainingArguments) -> Sta
     encoder = make_encoder(model, processor, args)
     whole = model if base == folder else put_adapter(model, folder, base=base, trainable=True)
     return Stage(whole, processor, encoder, args, path)
+
+
+def quantization(args: ModelArguments) -> Any:
+    """What transformers quantises the base by, or None."""
+    if not args.load_in_4bit:
+        return None
+    return four_bit(
+        kind=args.bnb_4bit_quant_type,
+        nested=args.use_bnb_nested_quant,
+        dtype=DTYPES[args.dtype],
+    )
 
 
 def save_config(args: PackedTrainingArguments, model_args: ModelArguments) -> None:

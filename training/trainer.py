@@ -38,7 +38,9 @@ from training.arguments import PackedTrainingArguments
 from training.attention import use_attention
 from training.batches import STEP_BATCH, StepBatch, StepCollator, StepLoader, StepSampler
 from training.encoders import make_encoder, set_checkpoint_step
+from training.kernels import use_liger
 from training.late_checks import LateChecks
+from training.memory import report_memory
 from training.metrics import Metrics, sum_over_ranks
 from training.progress import StageProgress
 from training.resuming import ResumableTrainer
@@ -81,6 +83,7 @@ class PackedTrainer(ResumableTrainer):
         given = given_adapter(model, peft_config)
         internvl = adopt(model.get_base_model() if isinstance(model, PeftModel) else model)
         use_attention(internvl, args)
+        use_liger(internvl, args)
         own = make_encoder(internvl, processing_class, args)
         self.encoder = encoder or own
         if self.encoder.position_steps != own.position_steps:
@@ -98,6 +101,7 @@ class PackedTrainer(ResumableTrainer):
                 set_seed(args.seed)  # a restart must draw the same adapter: MPO's reference
                 model = get_peft_model(internvl, peft_config)
             trained = parts.check_parts(model, args)
+            memory = report_memory(model, args, trained)
             super().__init__(
                 model=model,
                 args=args,
@@ -109,7 +113,7 @@ class PackedTrainer(ResumableTrainer):
         refusals.refuse_other_backend(args, self.accelerator)
         refusals.warn_of_rounding(self)
         if self.is_world_process_zero():
-            print(parts.describe_parts(self.model, trained))
+            print("\n".join([parts.describe_parts(self.model, trained), *memory]))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(StageProgress(self.progress_metrics))
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, by global counts
