@@ -65,7 +65,8 @@ def load_model(
 
 def _keep_gradients(model: torch.nn.Module) -> None:
     """Keep bitsandbytes from its layout for CPUs, made in evaluation, which has no backward."""
-    for module in model.modules():
+    layers: Iterable[Any] = model.modules()
+    for module in layers:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
