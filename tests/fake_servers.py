@@ -43,6 +43,14 @@ class FakeServer:
         self.http.shutdown()
         self.http.server_close()
 
+    def get(self, path):
+        """What is told at a path other than the list of models, if anything."""
+        return None
+
+    def post(self, path, body):
+        """(status, text) for a path other than the completions', if any."""
+        return None
+
     def answer(self, body):
         """A choice for each of n: the seed's own numbers."""
         choices = [
@@ -86,11 +94,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(encoded)
 
     def do_GET(self):
+        if (text := self.fake.get(self.path)) is not None:
+            self.reply(200, text)
+            return
         self.reply(200, json.dumps({"object": "list", "data": self.fake.models}))
 
     def do_POST(self):
         fake = self.fake
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = int(self.headers["Content-Length"] or 0)
+        body = json.loads(self.rfile.read(length)) if length else {}
+        if (other := fake.post(self.path, body)) is not None:
+            self.reply(*other)
+            return
         with fake.lock:
             fake.bodies.append(body)
             number = len(fake.bodies)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from internvl.adapters import base_of, put_adapter
 from internvl.chat import load_processor
 from internvl.checkpoint import load_model
 from internvl.data import Row
-from internvl.sampler import Completion, SampleRequest, SamplingConfig
+from internvl.errors import DataError
+from internvl.sampler import Completion, SampleRequest, SamplingConfig, Score
 from mpo.config import MPOConfig
 from mpo.reference import ScoredPair
 from mpo.trainer import MPOTrainer
@@ -155,6 +156,40 @@ class ScriptedSampler:
         ids, pixels = call_processor(self.processor, [message], request.images, max_tiles)
         return Plain(ids, pixels, completions, [[True] * len(ids) for ids in completions])
 
+    takes_adapters = False
+
+    def stream(
+        self, requests: Sequence[SampleRequest], config: SamplingConfig, *, ahead: int | None = None
+    ) -> Generator[Any]:
+        """The last request is answered first: nothing may depend on the order."""
+        for number, request in reversed(list(enumerate(requests))):
+            try:
+                yield number, self.sample([request], config)[0]
+            except DataError as error:
+                yield number, error
+
+    @torch.no_grad()
+    def score(
+        self, requests: Sequence[SampleRequest], config: SamplingConfig
+    ) -> dict[str, list[Score]]:
+        forbidden = [self.processor.tokenizer.convert_tokens_to_ids(t) for t in FORBIDDEN]
+        scores = []
+        for request in requests:
+            message = {"role": "user", "content": request.question}
+            ids, pixels = call_processor(
+                self.processor, [message], list(request.images), config.max_tiles
+            )
+            plain = Plain(ids, pixels, [list(request.started)], [[True] * len(request.started)])
+            (logprobs,) = plain_logprobs(self.model, plain, config.temperature, forbidden)
+            scores.append(Score(len(ids), tuple(logprobs.tolist())))
+        return {self.name: scores}
+
+    def update_adapter(self, folder: Path) -> None:
+        raise AssertionError("it takes no adapters")
+
+    def sleep(self) -> None:
+        pass
+
     @torch.no_grad()
     def sample(
         self, requests: Sequence[SampleRequest], config: SamplingConfig, progress: bool = False
@@ -273,6 +308,8 @@ def make_trainer(
     if stage == "rl":
         extra["sampler"] = ScriptedSampler(model)
         options = {"freeze_vit": False, **options}
+        if "eval_rows" in options:
+            extra["eval_dataset"] = options.pop("eval_rows")
     else:
         extra["eval_dataset"] = rows[: options.pop("eval_rows", 3)]
     return _watched(kind, recorded)(
