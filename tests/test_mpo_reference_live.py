@@ -21,7 +21,7 @@ from internvl.conversion.merge import merge_adapter
 from internvl.data import Row
 from internvl.errors import UserError
 from internvl.packing import pack
-from mpo.reference import CachedReference, LiveReference
+from mpo.reference import CachedReference, FrozenModel, LiveReference
 from training.cli import ModelArguments, peft_config
 
 ROWS = 6
@@ -183,3 +183,20 @@ def test_an_adapter_is_trained_on_as_it_is(adapter: Path, tiny_model: Path) -> N
     assert (
         peft_config(ModelArguments(model_name_or_path=str(tiny_model), use_peft=True)) is not None
     )
+
+
+def test_a_frozen_model_stays_as_it_was_and_drops_nothing_out() -> None:
+    class Dropping(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.dropout(super().forward(input), 0.5, self.training)
+
+    model = Dropping(4, 3).train()
+    values = torch.randn(2, 4)
+    expected = torch.nn.functional.linear(values, model.weight, model.bias).detach().clone()
+    frozen = FrozenModel(model)
+    with torch.no_grad():
+        model.weight += 1
+    found = frozen(input=values)
+    assert found.equal(expected) and not found.requires_grad
+    assert model.training and model.weight.requires_grad
+    assert not list(frozen.parameters())
