@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-MAX_LOGITS = 2**24  # numbers of one chunk: 64 MiB in float32
-# of one chunk on a GPU: with a vocabulary of 152,000, 2^24 would be 110 rows, and a product of so
+MAX_LOGITS = 2**25  # numbers of one chunk: 128 MiB in float32
+# of one chunk on a GPU: with a vocabulary of 152,000, 2^25 would be 220 rows, and a product of so
 # few rows waits for the head's weights to be read
 MAX_LOGITS_GPU = 2**26
 _BLOCK = 2**18  # numbers that a CPU works on at once: they stay in its cache

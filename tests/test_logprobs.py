@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,6 +25,9 @@ from internvl.chat import forbidden_token_ids
 from internvl.errors import UserError
 from internvl.logprobs import score_tokens
 from internvl.packing import PackedBatch, pack, plan_microbatches
+from training.kernels import use_liger
+
+GPU = torch.device("cuda")
 
 
 @pytest.fixture(scope="module")
@@ -336,3 +339,17 @@ def test_liger_leaves_what_it_cannot_do(liger: type[LigersContract]) -> None:
     handle.remove()
     score_tokens(hidden, targets, head, vocab_size=17, liger=True)
     assert liger.calls == 1
+
+
+def test_use_liger_kernel_is_the_heads_too() -> None:
+    def asked(**options: Any) -> bool:
+        model = SimpleNamespace(liger_head=False)
+        given = {"use_liger_kernel": True, "liger_kernel_config": None, "device": GPU, **options}
+        use_liger(cast(Any, model), cast(Any, SimpleNamespace(**given)))
+        return model.liger_head
+
+    assert asked()
+    assert not asked(use_liger_kernel=False, device=torch.device("cpu"))
+    assert not asked(liger_kernel_config={"fused_linear_cross_entropy": False})
+    with pytest.raises(UserError, match="use_liger_kernel needs a GPU"):
+        asked(device=torch.device("cpu"))
