@@ -39,6 +39,11 @@ class _Gather(torch.autograd.Function):
         return total.index_add_(0, index, grad.to(wide)).to(grad.dtype), None
 
 
+def gather(states: Tensor, index: Tensor) -> Tensor:
+    """states [T, ...] at index [K] -> [K, ...]; its gradient is added up in float32."""
+    return _Gather.apply(states, index)
+
+
 def attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, scale: float | None,
     kernel: VarlenKernel,
@@ -46,7 +51,7 @@ def attend_varlen(
     """q: [T, H, D]; k, v: [T, h, D]. Returns [T, H, D]."""
     at = layout.prepared(varlen_indices)
     if at.key_index is not None:
-        k, v = _Gather.apply(k, at.key_index), _Gather.apply(v, at.key_index)
+        k, v = gather(k, at.key_index), gather(v, at.key_index)
     return kernel(q, k, v, at, scale)
 
 
