@@ -26,7 +26,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,25 @@ class FixedSampler:
         ids = tuple(encode_reply(self.processor, prompt, text))
         return Completion(text, ids, (-9.0,) * len(ids), "stop")
 
+    takes_adapters = False
+
+    def stream(
+        self, requests: Iterable[SampleRequest], config: SamplingConfig, *, ahead: int | None = None
+    ) -> Generator[tuple[int, list[Completion]]]:
+        """The same, one question after the other."""
+        for number, request in enumerate(requests):
+            yield number, self.sample([request], config)[0]
+
+    def score(self, requests: Sequence[SampleRequest], config: SamplingConfig) -> dict[str, Any]:
+        """No engine: nothing is compared."""
+        return {}
+
+    def update_adapter(self, folder: Path) -> None:
+        """Never: it takes none."""
+
+    def sleep(self) -> None:
+        """Nothing holds memory."""
+
     def close(self) -> None:
         """Nothing is open."""
 
@@ -135,6 +154,7 @@ class Case:
             per_device_train_batch_size=1,
             num_generations=self.generations,
             steps_per_generation=1,
+            canary_questions=0,  # no sampler is compared with
             freeze_vit=False,
             bf16=self.device == "cuda",
             use_cpu=self.device == "cpu",

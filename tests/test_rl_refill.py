@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trainer_cases import REWARDS, Recorded, make_trainer, questions, write_images
+from trainer_cases import (
+    REWARDS,
+    Recorded,
+    SampleOnly,
+    make_trainer,
+    questions,
+    write_images,
+)
 
 from internvl.data import Row
 from internvl.errors import DataError, UserError
@@ -22,10 +29,8 @@ from rl.rollouts import RolloutMaker, RolloutSettings, questions_at
 NUMBER = 40
 
 
-class Fake:
+class Fake(SampleOnly):
     """Says two completions; those of a question whose number divides by 3 are alike."""
-
-    name = "fake"
 
     def __init__(self, broken: tuple[int, ...] = ()):
         self.broken = broken

@@ -19,7 +19,9 @@ from trainer_cases import (
     REWARDS,
     SCRIPT,
     Recorded,
+    SampleOnly,
     make_trainer,
+    put_sampler,
     questions,
     write_images,
 )
@@ -87,15 +89,13 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
     return questions(folder, KINDS)
 
 
-class ByRote:
+class ByRote(SampleOnly):
     """Says SCRIPT's completions; its log-probabilities mean nothing."""
-
-    name = "by rote"
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
 
-    def sample(self, requests: Any, config: Any) -> list[list[Completion]]:
+    def sample(self, requests: Any, config: Any, progress: bool = False) -> list[list[Completion]]:
         out = []
         for request in requests:
             texts = SCRIPT[request.question.split()[-1]]
@@ -109,15 +109,11 @@ class ByRote:
             )
         return out
 
-    def update_weights(self, named_parameters: Any) -> None: ...
-
-    def close(self) -> None: ...
-
 
 def roll_out(model: Path, output: Path, rows: list[Row], **options: Any) -> tuple[Any, Any]:
     """One rollout batch: its records by kind, and what is logged of it."""
     trainer = make_trainer("rl", model, output, rows, Recorded(), **{**OPTIONS, **options})
-    trainer.sampler = trainer.maker.sampler = ByRote(trainer.processing_class.tokenizer)
+    put_sampler(trainer, ByRote(trainer.processing_class.tokenizer))
     trainer.next_step()
     lines = (output / "rollouts" / "rank0.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]

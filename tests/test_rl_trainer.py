@@ -21,6 +21,7 @@ from trainer_cases import (
     Recorded,
     ScriptedSampler,
     make_trainer,
+    put_sampler,
     questions,
     train,
     write_images,
@@ -204,7 +205,10 @@ class StuckSampler(ScriptedSampler):
 def test_a_sampler_that_kept_old_weights_is_found_out(
     tiny_model: Path, rows: list[Row], tmp_path: Path
 ) -> None:
-    trainer = make_trainer("rl", tiny_model, tmp_path, rows, Recorded(), **OPTIONS)
-    trainer.sampler = trainer.maker.sampler = StuckSampler(tiny_model)
-    with pytest.raises(UserError, match="step 2: sampler and trainer differ by"):
-        trainer.train()
+    """By the canary, before anything is sampled; without one, by what was sampled."""
+    for canary, said in ((2, "after the weights were handed over, scripted"), (0, "sampler")):
+        options = {**OPTIONS, "canary_questions": canary}
+        trainer = make_trainer("rl", tiny_model, tmp_path, rows, Recorded(), **options)
+        put_sampler(trainer, StuckSampler(tiny_model))
+        with pytest.raises(UserError, match=f"step 2: {said} and (the )?trainer differ by"):
+            trainer.train()

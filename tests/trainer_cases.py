@@ -127,7 +127,50 @@ def questions(folder: Path, kinds: Sequence[str]) -> list[Row]:
     return out
 
 
-class ScriptedSampler:
+class SampleOnly:
+    """What a sampler needs beside `sample` where its weights mean nothing."""
+
+    name = "by rote"
+    takes_adapters = False
+
+    def stream(
+        self, requests: Sequence[SampleRequest], config: SamplingConfig, *, ahead: int | None = None
+    ) -> Generator[Any]:
+        """The last request is answered first: nothing may depend on the order."""
+        for number, request in reversed(list(enumerate(requests))):
+            try:
+                yield number, self.sample([request], config)[0]
+            except DataError as error:
+                yield number, error
+
+    def sample(self, requests: Any, config: Any, progress: bool = False) -> list[list[Completion]]:
+        raise NotImplementedError
+
+    def score(
+        self, requests: Sequence[SampleRequest], config: SamplingConfig
+    ) -> dict[str, list[Score]]:
+        """No engine: nothing is compared."""
+        return {}
+
+    def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        pass
+
+    def update_adapter(self, folder: Path) -> None:
+        raise AssertionError("it takes no adapters")
+
+    def sleep(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def put_sampler(trainer: Any, sampler: Any) -> None:
+    """Another sampler in the place of a trainer's own."""
+    trainer.sampler = trainer.maker.sampler = trainer._sync.sampler = sampler
+
+
+class ScriptedSampler(SampleOnly):
     """Returns SCRIPT's completions with their log-probabilities under the weights it was given.
 
     The log-probabilities are plain transformers' (see plain.py), so a gap to the trainer's own is
@@ -156,18 +199,6 @@ class ScriptedSampler:
         ids, pixels = call_processor(self.processor, [message], request.images, max_tiles)
         return Plain(ids, pixels, completions, [[True] * len(ids) for ids in completions])
 
-    takes_adapters = False
-
-    def stream(
-        self, requests: Sequence[SampleRequest], config: SamplingConfig, *, ahead: int | None = None
-    ) -> Generator[Any]:
-        """The last request is answered first: nothing may depend on the order."""
-        for number, request in reversed(list(enumerate(requests))):
-            try:
-                yield number, self.sample([request], config)[0]
-            except DataError as error:
-                yield number, error
-
     @torch.no_grad()
     def score(
         self, requests: Sequence[SampleRequest], config: SamplingConfig
@@ -183,12 +214,6 @@ class ScriptedSampler:
             (logprobs,) = plain_logprobs(self.model, plain, config.temperature, forbidden)
             scores.append(Score(len(ids), tuple(logprobs.tolist())))
         return {self.name: scores}
-
-    def update_adapter(self, folder: Path) -> None:
-        raise AssertionError("it takes no adapters")
-
-    def sleep(self) -> None:
-        pass
 
     @torch.no_grad()
     def sample(
@@ -213,9 +238,6 @@ class ScriptedSampler:
                 ]
             )
         return out
-
-    def close(self) -> None:
-        pass
 
 
 FORBIDDEN = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")
