@@ -82,6 +82,17 @@ RL = {
     "epsilon_high": 0.3,
 }
 EVERY_LOSS = {"loss_type": list(LOSSES), "label_smoothing": 0.1, "beta": 0.3}
+TOKEN = {
+    "importance_sampling_level": "token",
+    "loss_type": "dapo",
+    "beta": 0.05,
+    "entropy_coef": 0.01,
+    "scale_rewards": "batch",
+    "mask_truncated_completions": True,
+    "dynamic_sample": True,
+    "max_resample_times": 1,
+    "freeze_vit": True,
+}
 UNEVEN = ([3, 3], [3, 1])
 EMPTY = ([3, 2], [3, 0])
 CASES = {
@@ -94,6 +105,7 @@ CASES = {
     "sft-empty-last": Case("sft", 8, 3, EMPTY, {"num_train_epochs": 2}),
     "sft-frozen": Case("sft", 8, 3, EMPTY, {"freeze_vit": True, "freeze_projector": True}),
     "rl": Case("rl", 6, 2, ([2] * 4, [2] * 4), {**RL, "steps_per_generation": 2}),
+    "rl-token": Case("rl", 6, 2, ([2] * 4, [2] * 4), {**RL, **TOKEN, "steps_per_generation": 2}),
     "fsdp": Case("mpo", 8, 3, EMPTY, fsdp="layers"),
     "fsdp-no-sync": Case("mpo", 8, 3, EMPTY, fsdp="no_sync"),
     "fsdp-resharded": Case("sft", 8, 3, EMPTY, fsdp="reshard_after_forward"),
