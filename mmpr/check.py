@@ -145,7 +145,9 @@ class _Looked:
 def read_row(source: Source, number: int, root: Path, max_tiles: int | None) -> tuple[Row, Any]:
     """A row, tidy, with what is wrong with its record; and the record as it was written."""
     raw, fault = source.read(number)
-    record = tidy_record(raw, "pair") if fault is None and isinstance(raw, dict) else raw
+    record = raw
+    if fault is None and isinstance(raw, dict):
+        record = tidy_record(raw, "pair", image_in_front=source.image_in_front)
     fault = fault or find_fault(record, "pair") or text_fault(record)
     data = record if isinstance(record, dict) else {"line": record}
     return Row(data, *source.origin(number), root, max_tiles, fault), raw

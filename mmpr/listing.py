@@ -51,7 +51,8 @@ class Listing:
         file, line = data_set.source.origin(index)
         record, fault = data_set.source.read(index)
         if fault is None:
-            fault, record = _judge(record, self.kind)
+            in_front = self.kind != "pair" or data_set.source.image_in_front
+            fault, record = _judge(record, self.kind, in_front)
         if isinstance(record, dict) and record.get("dataset") is None:
             record["dataset"] = data_set.name or self.path.stem
         return Row(record, file, line, data_set.root, data_set.max_tiles, fault)
@@ -65,10 +66,10 @@ class Listing:
         }
 
 
-def _judge(record: object, kind: Kind) -> tuple[str | None, object]:
+def _judge(record: object, kind: Kind, image_in_front: bool) -> tuple[str | None, object]:
     """What is wrong with a record, and the record in the spelling that all code reads."""
     if isinstance(record, dict):
-        record = tidy_record(record, kind)
+        record = tidy_record(record, kind, image_in_front=image_in_front)
     fault = find_fault(record, kind)
     if fault is None and kind == "verdict" and isinstance(record, dict):
         fault = verdict_fault(record)

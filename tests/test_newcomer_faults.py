@@ -60,9 +60,9 @@ FAULTS: dict[str, Fault] = {
     "20000 x 20000 pixels": ({"image": "bomb.png"}, "{folder}/bomb.png: taken for a decompression"),
     "empty chosen": ({"chosen": ""}, "field 'chosen' is empty"),
     "chosen is rejected": ({"rejected": "3"}, "chosen and rejected are identical"),
-    "images but no <image>": (
-        {"image": ["0.png", "0.png"], "question": "How many?"},
-        "2 image(s) but 0 <image> placeholder(s)",
+    "image but no <image>": (
+        {"question": "How many?"},
+        "1 image(s) but 0 <image> placeholder(s)",
     ),
     "two <image>, one image": (
         {"question": "<image>\n<image>\nHow many?"},
@@ -120,11 +120,13 @@ def test_each_is_put_aside_alone(
     assert reason.format(folder=pictures) in entry["reason"]
 
 
-def test_one_image_without_a_place_is_put_in_front(
+def test_a_file_that_never_writes_the_placeholder_means_it_in_front(
     pictures: Path, open_rows: Callable[[Path, Path], Stage], tmp_path: Path
 ) -> None:
-    """As InternVL's published code does with MMPR: no fault where there is only one place."""
-    file = write_rows(pictures, {"question": "How many?"})
+    """As InternVL's published code reads it; beside rows that write it, it is a fault (above)."""
+    row = json.dumps({**GOOD, "question": "How many?"})
+    file = pictures / "without.jsonl"
+    file.write_text("".join(f"{row}\n" for _ in range(ROWS)))
     rows = open_rows(file, tmp_path).rows(str(file), "pair")
     assert [row.data["question"] for row in rows] == ["<image>\nHow many?"] * ROWS
 

@@ -19,6 +19,7 @@ fields. Fields that are not named here are kept and passed through.
 
     image         a path, an image's encoded bytes, {"bytes", "path"}, a list of those, or absent;
                   `images` is the same. A single image needs no placeholder: it is put in front
+                  (of pairs, where the file's first 100 rows write none)
     video         a file or a folder of frames: `<video>` in the question, and "num_frames" (8)
     system        the system prompt          max_tiles    the tile budget of this row's prompt
     history       of a pair: the turns before its question, as in a conversation

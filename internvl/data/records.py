@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from internvl.data.preferences import is_preference, to_pair
@@ -62,13 +62,16 @@ def video_name(record: dict[str, Any]) -> str | None:
     return record.get("video") or None
 
 
-def tidy_record(record: dict[str, Any], kind: Kind) -> dict[str, Any]:
+def tidy_record(
+    record: dict[str, Any], kind: Kind, *, image_in_front: bool = True
+) -> dict[str, Any]:
     """The record as the rest of the code reads it; what is wrong is left for `find_fault`.
 
     `images` (a column's usual name on the hub) becomes `image`, and a whole number as id its text;
     a missing answer becomes "", numbers their texts, coordinates one text; TRL's preference rows
     become pairs; one image or video without a placeholder gets it in front of the (first) question,
-    as in InternVL's published code.
+    as in InternVL's published code. image_in_front: False leaves such a pair as it is, a fault: the
+    other rows of its file write the placeholder (`implies_placeholder`).
     """
     if type(record.get("id")) is int:
         record = {**record, "id": str(record["id"])}
@@ -82,6 +85,7 @@ def tidy_record(record: dict[str, Any], kind: Kind) -> dict[str, Any]:
         if kind == "pair" and is_preference(record):
             record = to_pair(record, images)
             images = len(list_images(record))
+            image_in_front = True  # TRL's rows name their images beside the text
     except ValueError:
         return record
     text = _prompt_text(record, kind)
@@ -89,9 +93,21 @@ def tidy_record(record: dict[str, Any], kind: Kind) -> dict[str, Any]:
         return record
     if video_name(record) and VIDEO_PLACEHOLDER not in text:
         return _put_in_front(record, kind, f"{VIDEO_PLACEHOLDER}\n")
-    if images == 1 and IMAGE_PLACEHOLDER not in text:
+    if images == 1 and IMAGE_PLACEHOLDER not in text and image_in_front:
         return _put_in_front(record, kind, f"{IMAGE_PLACEHOLDER}\n")
     return record
+
+
+def implies_placeholder(first_records: Iterable[object]) -> bool:
+    """Whether a file of pairs leaves `<image>` out everywhere, going by its first records.
+
+    Then one image belongs in front of the question, as InternVL's published code puts it; in a
+    file that writes the placeholder, a pair without it is a fault.
+    """
+    return not any(
+        isinstance(record, dict) and IMAGE_PLACEHOLDER in str(record.get("question"))
+        for record in first_records
+    )
 
 
 def _is_number(value: object) -> bool:

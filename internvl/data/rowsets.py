@@ -141,7 +141,8 @@ def _read(source: Source, number: int, kind: Kind, *, check: bool) -> tuple[Any,
     """A tidy record and what is wrong with it."""
     record, fault = source.read(number)
     if fault is None and isinstance(record, dict):
-        record = tidy_record(record, kind)
+        in_front = kind != "pair" or source.image_in_front
+        record = tidy_record(record, kind, image_in_front=in_front)
     if fault is None and check:
         fault = find_fault(record, kind)
     return record, fault

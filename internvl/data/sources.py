@@ -9,15 +9,18 @@ import shlex
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
 from internvl.data.cache import CACHED_FROM
 from internvl.data.lines import Lines, open_lines
+from internvl.data.records import implies_placeholder
 from internvl.data.tables import Table, open_tables
 from internvl.errors import DataError
 
+_FIRST_RECORDS = 100  # that tell how a file writes its images
 _SHOWN_BYTES = 500  # of a line that is not JSON
 _HUB_NAME = re.compile(r"(hf://(datasets/)?)?[\w.-]+/[\w.-]+")
 _LIST_START = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*(\{|$)")  # of a whole file, not of a line
@@ -47,8 +50,23 @@ class Source(Protocol):
         """The files that the records are read from."""
         ...
 
+    @property
+    def image_in_front(self) -> bool:
+        """Whether one image without `<image>` belongs in front; see `implies_placeholder`."""
+        ...
 
-class JsonLines:
+
+class _Records:
+    """What a source knows of its records as a whole."""
+
+    @cached_property
+    def image_in_front(self: Any) -> bool:
+        """Whether one image without `<image>` belongs in front; see `implies_placeholder`."""
+        first = range(min(len(self), _FIRST_RECORDS))
+        return implies_placeholder(self.read(number)[0] for number in first)
+
+
+class JsonLines(_Records):
     """The records of a JSONL file; blank lines are none."""
 
     def __init__(self, path: Path, lines: Lines):
@@ -78,7 +96,7 @@ class JsonLines:
         return [self.path]
 
 
-class Tables:
+class Tables(_Records):
     """The rows of parquet or Arrow files, one file after the other."""
 
     def __init__(self, tables: Sequence[Table]):
