@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from internvl.data import Row, write_jsonl
 from internvl.sampler import StreamSampler
+from rl.config import RLConfig
 from rl.refill import gather
-from rl.rewarding import Rewarder
+from rl.rewarding import Rewarder, Verify, make_terms
 from rl.rollouts import Broken, Group, RolloutMaker, RolloutSettings
 
 QUESTIONS_AT_ONCE = 256  # their images are in memory together
@@ -35,6 +36,22 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     (0.5, 1.0, 0.0)
     """
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def make_held_out(
+    args: RLConfig, rows: Sequence[Row], settings: RolloutSettings, verify: Verify
+) -> HeldOut:
+    """The evaluation that the options ask for; settings: the training's, but for n and heat."""
+    n = args.num_generations_eval or args.num_generations
+    temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
+    sampling = replace(settings.sampling, n=n, temperature=temperature)
+    return HeldOut(
+        rows,
+        Rewarder(rows, make_terms(args), verify, args.reward_timeout),
+        replace(settings, sampling=sampling),
+        args.eval_pass_k or sorted({1, n}),
+        Path(args.output_dir or "") / "evaluation",
+    )
 
 
 @dataclass

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,12 @@ from internvl.sampler import NO_V2PE, SamplingConfig, StreamSampler
 from rewards.pool import shared_pool
 from rl.ahead import Ahead, Made
 from rl.config import RLConfig
-from rl.evaluation import HeldOut
+from rl.evaluation import HeldOut, make_held_out
 from rl.frozen_vision import FrozenVision
 from rl.groups import GroupEncoder, StartWeights
 from rl.guards import CollapseError, CollapseGuard, StepTotals
-from rl.losses import Counts, PolicyTokens, correction_weights, policy_loss
+from rl.losses import Counts, PolicyTokens, policy_loss
+from rl.policy_metrics import add_loss_metrics, weigh
 from rl.refill import fill, scale_by_batch
 from rl.rewarding import Rewarder, Verify, make_terms, make_verifier
 from rl.rollout_log import RolloutLog, add_group_metrics
@@ -132,19 +132,7 @@ class RLTrainer(PackedTrainer):
         self._held_out: HeldOut | None = None
         folder = Path(args.output_dir or "")
         if self.eval_dataset is not None:
-            n = args.num_generations_eval or args.num_generations
-            temperature = args.eval_temperature
-            if temperature is None:
-                temperature = args.temperature
-            self._held_out = HeldOut(
-                self.eval_dataset,
-                Rewarder(self.eval_dataset, make_terms(args), verify, args.reward_timeout),
-                replace(
-                    settings, sampling=replace(settings.sampling, n=n, temperature=temperature)
-                ),
-                args.eval_pass_k or sorted({1, n}),
-                folder / "evaluation",
-            )
+            self._held_out = make_held_out(args, self.eval_dataset, settings, verify)
         self._log = RolloutLog(folder / "rollouts", args.process_index, train_dataset)
         self.late_checks = LateChecks(
             late_quarantine(args), args.max_bad, rank=args.process_index, device=args.device
@@ -321,35 +309,14 @@ class RLTrainer(PackedTrainer):
         metrics.mean("sampling/logprob_gap_mean", gap)
         metrics.maximum("sampling/logprob_gap_max", gap)
         if self.rl_args.vllm_importance_sampling_correction:
-            self._correct(tokens, drawn, metrics)
+            weigh(tokens, drawn, self.rl_args, metrics)
         totals = Counts(counts["sequences"], counts["tokens"], counts["rollout_tokens"])
         result = policy_loss(tokens, self.objective, totals)
-        metrics.mean("clip_ratio/low_mean", result.clipped_low.float())
-        metrics.mean("clip_ratio/high_mean", result.clipped_high.float())
-        metrics.mean("clip_ratio/region_mean", (result.clipped_low | result.clipped_high).float())
-        if result.kl is not None:
-            metrics.mean("kl", result.kl)
         assert scores.entropy is not None
-        metrics.mean("entropy", scores.entropy)
+        add_loss_metrics(metrics, result, scores.entropy)
         self._totals.entropy += float(scores.entropy.detach().double().sum())
         self._totals.tokens += len(scores.entropy)
         return result.loss, metrics
-
-    def _correct(self, tokens: PolicyTokens, drawn: Tensor, metrics: Metrics) -> None:
-        """Weigh the tokens by how far the sampler's probabilities were off."""
-        args = self.rl_args
-        weights = correction_weights(
-            *(tokens.old_logprobs, drawn, tokens.completion_of_token, tokens.lengths),
-            mode=args.vllm_importance_sampling_mode,
-            clip_min=args.vllm_importance_sampling_clip_min,
-            clip_max=args.vllm_importance_sampling_clip_max,
-        )
-        if args.vllm_importance_sampling_mode.startswith("sequence"):
-            tokens.completion_weights = weights
-        else:
-            tokens.token_weights = weights
-        metrics.mean("sampling/importance_sampling_ratio/mean", weights)
-        metrics.maximum("sampling/importance_sampling_ratio/max", weights)
 
     def _check_gap(self, gap: Tensor) -> None:
         # of weights that are older on purpose, a gap says nothing: the canary is looked at alone
@@ -367,10 +334,11 @@ class RLTrainer(PackedTrainer):
         taken = self.args.per_device_train_batch_size * self.args.world_size
         self.state.epoch = self.state.global_step * taken / len(self.rows)
         super().log(logs, start_time)
-        if self.rl_args.log_completions and "loss" in logs and self.is_world_process_zero():
+        args = self.rl_args
+        if args.log_completions and "loss" in logs and self.is_world_process_zero():
             table = table_rows(self.state.global_step, self.rows, self._latest)
-            images = self.rl_args.log_multimodal
-            log_table(self.callback_handler.callbacks, self.state.global_step, table, images=images)
+            trackers = self.callback_handler.callbacks
+            log_table(trackers, self.state.global_step, table, images=args.log_multimodal)
 
     # ---- guards ----
 
