@@ -8,11 +8,15 @@ Where `use_liger_kernel` is asked for, Liger's LigerFusedLinearScaledCrossEntrop
 ops/fused_linear_scaled_cross_entropy.py) stands in: it has a temperature, an entropy, and a
 backward for any gradient of each token's. It takes no forbidden ids, and the head's weight instead
 of the head, so chunks of our own remain for RL and for heads that are more than a weight.
+
+The chunks lie inside one call of the head (`ScoringHead`). FSDP2 and ZeRO-3 gather weights and
+scatter gradients in hooks of a module's call: ranks that called it once a chunk would do that
+another number of times each, and wait for each other for good.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +42,24 @@ class TokenScores:
 
     logprobs: Tensor
     entropy: Tensor | None
+
+
+Project = Callable[[Tensor], Tensor]  # hidden states [n, D] -> logits [n, V]
+Scores = tuple[Tensor, Tensor]  # log-probabilities [N], entropies [N] or [0]
+
+
+class ScoringHead(nn.Linear):
+    """A head that can score tokens inside the one call that its hooks see.
+
+    score: what is to be made of the hidden states, given the head as a plain function; without it
+    they are projected, as by any linear layer.
+    """
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, score: Callable[[Project, Tensor], Scores] | None = None
+    ) -> Tensor | Scores:
+        """Logits [N, V] of hidden states [N, D], or what `score` makes of the two."""
+        return super().forward(hidden) if score is None else score(super().forward, hidden)
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
@@ -112,12 +134,12 @@ def _finite(logprobs: Tensor, forbidden: Tensor | None) -> Tensor:
 def _score_chunk(
     hidden: Tensor,
     targets: Tensor,
-    lm_head: nn.Module,
+    project: Project,
     temperature: float,
     forbidden: Tensor | None,
     with_entropy: WithEntropy,
-) -> tuple[Tensor, Tensor]:
-    logits = lm_head(hidden)
+) -> Scores:
+    logits = project(hidden)
     scores = _TokenLogprobs.apply(logits, targets, temperature, forbidden, with_entropy)
     assert isinstance(scores, tuple)
     return scores
@@ -125,7 +147,7 @@ def _score_chunk(
 
 def _is_bare(lm_head: nn.Module) -> bool:
     """Whether the head is its weight and nothing else: no bias, adapter, shard or hook."""
-    if type(lm_head) is not nn.Linear or lm_head.bias is not None:
+    if type(lm_head) not in (nn.Linear, ScoringHead) or lm_head.bias is not None:
         return False
     hooks = (lm_head._forward_hooks, lm_head._forward_pre_hooks)
     whole = type(lm_head.weight) is nn.Parameter and lm_head.weight.numel() > 0  # ZeRO-3: empty
@@ -179,21 +201,27 @@ def score_tokens(
         max_logits = MAX_LOGITS if hidden.device.type == "cpu" else MAX_LOGITS_GPU
     rows = max(1, max_logits // vocab_size)
     mask = torch.tensor(list(forbidden), device=hidden.device) if forbidden else None
-    logprobs, entropies = [], []
-    for start in range(0, max(1, len(targets)), rows):
-        chunk = (
-            hidden[start : start + rows],
-            targets[start : start + rows],
-            lm_head,
-            temperature,
-            mask,
-            with_entropy,
-        )
-        # a single chunk is within the bound by itself: recomputing it would buy nothing
-        if torch.is_grad_enabled() and len(targets) > rows:
-            scores, entropy = checkpoint(_score_chunk, *chunk, use_reentrant=False)
-        else:
-            scores, entropy = _score_chunk(*chunk)
-        logprobs.append(scores)
-        entropies.append(entropy)
-    return TokenScores(torch.cat(logprobs), torch.cat(entropies) if with_entropy else None)
+
+    def score(project: Project, hidden: Tensor) -> Scores:
+        logprobs, entropies = [], []
+        for start in range(0, max(1, len(targets)), rows):
+            chunk = (
+                hidden[start : start + rows],
+                targets[start : start + rows],
+                project,
+                temperature,
+                mask,
+                with_entropy,
+            )
+            # a single chunk is within the bound by itself: recomputing it would buy nothing
+            if torch.is_grad_enabled() and len(targets) > rows:
+                scores, entropy = checkpoint(_score_chunk, *chunk, use_reentrant=False)
+            else:
+                scores, entropy = _score_chunk(*chunk)
+            logprobs.append(scores)
+            entropies.append(entropy)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    once = isinstance(lm_head, ScoringHead)  # an adapter on the head, say, is called for each chunk
+    logprobs, entropy = lm_head(hidden, score) if once else score(lm_head, hidden)
+    return TokenScores(logprobs, entropy if with_entropy else None)

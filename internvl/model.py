@@ -19,7 +19,7 @@ from torch import Tensor
 
 from internvl.attention import AUTO, SHARED_PREFIX
 from internvl.errors import UserError
-from internvl.logprobs import TokenScores, WithEntropy, score_tokens
+from internvl.logprobs import ScoringHead, TokenScores, WithEntropy, score_tokens
 from internvl.packing import PackedBatch
 
 
@@ -99,7 +99,7 @@ class InternVLForConditionalGeneration(transformers.InternVLForConditionalGenera
             layout=packed.layout,
             attention_backend=self.attention_backend,
         ).last_hidden_state[0]
-        scores = score_tokens(
+        return score_tokens(
             hidden.index_select(0, packed.sources),
             packed.targets,
             self.lm_head,
@@ -110,10 +110,6 @@ class InternVLForConditionalGeneration(transformers.InternVLForConditionalGenera
             max_logits=max_logits,
             liger=self.liger_head,
         )
-        if not packed.real:
-            # no token is scored: this ties the filler's graph to the result, times zero
-            scores.logprobs = scores.logprobs + 0.0 * self.lm_head(hidden[:1]).sum()
-        return scores
 
     def vision_features(self, pixel_values: Tensor) -> Tensor:
         """What the projector is given: pixels [X, 3, H, W] -> [X, P, D], P visual tokens a tile.
@@ -143,6 +139,8 @@ def adopt(model: torch.nn.Module) -> InternVLForConditionalGeneration:
         )
     if not isinstance(model, InternVLForConditionalGeneration):
         model.__class__ = InternVLForConditionalGeneration
+    if type(model.lm_head) is torch.nn.Linear:
+        model.lm_head.__class__ = ScoringHead
     assert isinstance(model, InternVLForConditionalGeneration)
     if model.config.text_config._attn_implementation != SHARED_PREFIX:
         model.set_attn_implementation({"text_config": SHARED_PREFIX, "vision_config": "sdpa"})

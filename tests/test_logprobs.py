@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from internvl.chat import forbidden_token_ids
 from internvl.errors import UserError
-from internvl.logprobs import score_tokens
+from internvl.logprobs import ScoringHead, score_tokens
 from internvl.packing import PackedBatch, pack, plan_microbatches
 from training.kernels import use_liger
 
@@ -96,6 +96,23 @@ def test_chunks_are_the_whole(tokens: int, rows: int, forbid: bool, temperature:
     scores = score_tokens(hidden, targets, head, with_entropy="grad", **options)
     assert scores.entropy is not None
     same_gradients(scores.entropy.sum(), entropy.sum(), hidden, head)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 13])
+def test_the_head_is_called_once_for_any_number_of_chunks(tokens: int) -> None:
+    """Its hooks are where FSDP2 and ZeRO-3 gather: as often on a rank without any token."""
+    vocab = 17
+    generator = torch.Generator().manual_seed(tokens)
+    head = ScoringHead(5, vocab, bias=False)
+    hidden = torch.randn(tokens, 5, generator=generator).requires_grad_()
+    targets = torch.randint(0, vocab, (tokens,), generator=generator)
+    expected = head(hidden).log_softmax(1)[torch.arange(tokens), targets]
+    calls = []
+    head.register_forward_hook(lambda *_: calls.append("forward"))
+    scores = score_tokens(hidden, targets, head, vocab_size=vocab, max_logits=4 * vocab)
+    assert torch.allclose(scores.logprobs, expected, atol=1e-6)
+    same_gradients(scores.logprobs.sum(), expected.sum(), hidden, head)
+    assert calls == ["forward"]
 
 
 @pytest.mark.parametrize("rows", [1, 7])

@@ -293,8 +293,8 @@ def test_full_weights_are_pefts_merge(tiny_model: Path, config: LoraConfig) -> N
 
 def test_full_weights_without_adapters_are_the_parameters(tiny_model: Path) -> None:
     model = load_model(tiny_model)
-    assert [(n, id(w)) for n, w in full_weights(model)] == [
-        (name, id(weight)) for name, weight in model.named_parameters()
+    assert [(n, w.data_ptr()) for n, w in full_weights(model)] == [
+        (name, weight.data_ptr()) for name, weight in model.named_parameters()
     ]
 
 
