@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from internvl.data import Row
 from internvl.encoding import Encoder
-from internvl.packing import Example
+from internvl.packing import Example, PackedBatch
 from rl.losses import Objective
 from rl.rollouts import Group
 
@@ -87,6 +87,18 @@ class GroupEncoder:
             completion_values={"advantages": [group.advantages[place] for place in places]},
             token_values=stored,
         )
+
+    def keep(
+        self, groups: Sequence[Group], batch: PackedBatch, logprobs: Tensor, name: str
+    ) -> None:
+        """Write a micro-batch's log-probabilities into the groups that it was packed from."""
+        by_completion = iter(logprobs.split(batch.lengths.tolist()))
+        for index in batch.example_index.tolist():
+            group = groups[index]
+            values: list[list[float]] = [[] for _ in group.completions]
+            for place in self.taking_part(group):
+                values[place] = next(by_completion).tolist()
+            setattr(group, name, values)
 
     def _prompt(self, question: int) -> Example:
         if question in self._prompts:

@@ -6,10 +6,12 @@ A sum over all ranks of each optimizer step is held against the bounds; a bound 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from internvl.errors import UserError
 from rl.guard_options import GuardOptions
+from rl.rollouts import Group
 
 
 class CollapseError(UserError):
@@ -32,6 +34,17 @@ class StepTotals:
     completions: float = 0.0
     with_spread: float = 0.0
     groups: float = 0.0
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> StepTotals:
+        """Of a step's groups; what was scored is added as it is."""
+        lengths = [len(ids) for group in groups for ids in group.completions]
+        return cls(
+            length=float(sum(lengths)),
+            completions=float(len(lengths)),
+            with_spread=float(sum(group.spread for group in groups)),
+            groups=float(len(groups)),
+        )
 
 
 @dataclass

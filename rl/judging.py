@@ -18,6 +18,7 @@ from typing import Any
 from internvl.errors import DataError
 from internvl.sampler import Completion, SampleRequest, SamplingConfig, StreamSampler
 from rewards import Verdict
+from rl.phases import Phases
 from rl.rewarding import Verify
 
 Answers = list[list[Completion] | DataError]
@@ -29,6 +30,7 @@ def sample_and_judge(
     requests: Sequence[SampleRequest],
     records: Sequence[Mapping[str, Any]],
     config: SamplingConfig,
+    times: Phases,
 ) -> tuple[Answers, list[list[Verdict]]]:
     """The completions of each request and their verdicts, in the order of the requests.
 
@@ -42,6 +44,7 @@ def sample_and_judge(
             if not isinstance(answer, DataError):
                 judge.put(number, [(records[number], done.text) for done in answer])
             judge.check()
+        times.note("sampling")
         verdicts = judge.finish()
     return answers, [verdicts.get(number, []) for number in range(len(requests))]
 

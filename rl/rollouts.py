@@ -22,7 +22,9 @@ from internvl.errors import DataError
 from internvl.sampler import Completion, SamplingConfig, StreamSampler, request_of
 from rewards import Verdict
 from rl.advantages import group_advantages, has_spread
+from rl.config import RLConfig
 from rl.judging import sample_and_judge
+from rl.phases import Phases
 from rl.rewarding import Rewarded, Rewarder
 
 
@@ -119,6 +121,25 @@ class RolloutSettings:
     scale_rewards: str
     advantage_estimator: str = "grpo"
 
+    @classmethod
+    def of(cls, args: RLConfig) -> RolloutSettings:
+        """What a run's options say of this rank."""
+        return cls(
+            sampling=SamplingConfig(
+                n=args.num_generations,
+                temperature=args.temperature,
+                max_tokens=args.max_completion_length,
+                max_tiles=args.max_tiles,
+            ),
+            questions=args.per_device_train_batch_size,
+            steps=args.steps_per_generation,
+            seed=args.seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            scale_rewards=args.scale_rewards,
+            advantage_estimator=args.advantage_estimator,
+        )
+
 
 class RolloutMaker:
     """Makes rollout batch number b of this rank, from the sampler's current weights."""
@@ -129,11 +150,13 @@ class RolloutMaker:
         sampler: StreamSampler,
         settings: RolloutSettings,
         rewarder: Rewarder,
+        times: Phases | None = None,
     ):
         self.rows = rows
         self.sampler = sampler
         self.settings = settings
         self.rewarder = rewarder
+        self.times = times or Phases()
 
     def places(self) -> list[int]:
         """Which of the places of a rollout batch of all ranks are this rank's, step by step.
@@ -180,7 +203,7 @@ class RolloutMaker:
         ]
         records = [self.rows[index].data for index, _ in asked]
         sampled = sample_and_judge(
-            *(self.sampler, self.rewarder.verify, requests, records, s.sampling)
+            *(self.sampler, self.rewarder.verify, requests, records, s.sampling, self.times)
         )
         judged = [
             (index, answer, verdicts)
@@ -188,6 +211,7 @@ class RolloutMaker:
             if not isinstance(answer, DataError)
         ]
         groups = iter(self._groups(judged, weight_version, trainer_state))
+        self.times.note("rewards")
         return [
             Broken(index, str(answer)) if isinstance(answer, DataError) else next(groups)
             for (index, _), answer in zip(asked, sampled[0], strict=True)

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 
 from internvl.chat import encode_text
 from internvl.checkpoint import full_weights, plain_name, whole
 from internvl.data import Row
 from internvl.errors import UserError
 from internvl.sampler import Sampler, SamplingConfig, Score, request_of
+from rl.config import RLConfig
 from rl.rollouts import Group
 
 CANARY_TOKENS = 8  # of each completion: the more, the more requests of one token
@@ -193,6 +194,17 @@ class WeightSync:
         save_file(state, self._folder / "adapter_model.safetensors")
         model.peft_config[name].save_pretrained(str(self._folder))
         return self._folder
+
+
+def check_gap(gap: Tensor, step: int, args: RLConfig) -> None:
+    """Raise `UserError` where a sampled token's gap [L] is over max_logprob_gap."""
+    # of weights that are older on purpose, a gap says nothing: the canary is looked at alone
+    bound = None if args.max_staleness else args.max_logprob_gap
+    if bound is not None and gap.numel() and float(gap.max()) > bound:
+        raise UserError(
+            f"step {step}: sampler and trainer differ by {float(gap.max()):.3g} in a token's "
+            f"log-probability, over max_logprob_gap {bound:g}. {ADVICE}."
+        )
 
 
 def raise_everywhere(fault: UserError | None) -> None:

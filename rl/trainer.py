@@ -24,7 +24,7 @@ from internvl.data import Row
 from internvl.errors import UserError
 from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
-from internvl.sampler import NO_V2PE, SamplingConfig, StreamSampler
+from internvl.sampler import NO_V2PE, StreamSampler
 from rewards.pool import shared_pool
 from rl.ahead import Ahead, Made
 from rl.config import RLConfig
@@ -33,12 +33,13 @@ from rl.frozen_vision import FrozenVision
 from rl.groups import GroupEncoder, StartWeights
 from rl.guards import CollapseError, CollapseGuard, StepTotals
 from rl.losses import Counts, PolicyTokens, policy_loss
+from rl.phases import Phases
 from rl.policy_metrics import add_loss_metrics, weigh
 from rl.refill import fill, scale_by_batch
 from rl.rewarding import Rewarder, Verify, make_terms, make_verifier
 from rl.rollout_log import RolloutLog, add_group_metrics
 from rl.rollouts import Group, RolloutMaker, RolloutSettings
-from rl.syncing import make_sync
+from rl.syncing import check_gap, make_sync
 from rl.tracker_table import log_table, table_rows
 from training.batches import STEP_BATCH, BadRow, StepBatch
 from training.late_checks import LateChecks, late_quarantine
@@ -79,6 +80,7 @@ class RLTrainer(PackedTrainer):
         **kwargs: Any,
     ):
         self.sampler = sampler
+        self._times = Phases()
         self.rows = train_dataset
         self._pending: list[list[Group]] = []  # one entry an optimizer step, this rank's groups
         self._rollout_tokens = 0.0  # of the rollout batch that they are of, a step's share
@@ -94,25 +96,11 @@ class RLTrainer(PackedTrainer):
         self._forbidden = forbidden_token_ids(processing_class, vocab_size)
         if sampler.name in ("vllm", "servers") and self.encoder.position_steps != (1.0,):
             raise UserError(f"position_step is {self.encoder.position_steps[0]:g}: {NO_V2PE}")
-        settings = RolloutSettings(
-            sampling=SamplingConfig(
-                n=args.num_generations,
-                temperature=args.temperature,
-                max_tokens=args.max_completion_length,
-                max_tiles=args.max_tiles,
-            ),
-            questions=args.per_device_train_batch_size,
-            steps=args.steps_per_generation,
-            seed=args.seed,
-            rank=args.process_index,
-            world_size=args.world_size,
-            scale_rewards=args.scale_rewards,
-            advantage_estimator=args.advantage_estimator,
-        )
+        settings = RolloutSettings.of(args)
         if verify is None:
             verify = make_verifier(args, shared_pool()).verdicts
         rewarder = Rewarder(train_dataset, make_terms(args), verify, args.reward_timeout)
-        self.maker = RolloutMaker(train_dataset, sampler, settings, rewarder)
+        self.maker = RolloutMaker(train_dataset, sampler, settings, rewarder, self._times)
         self._ahead = Ahead(self.maker)
         self._sync = make_sync(self, settings.sampling)
         self._frozen = FrozenVision(self).of_model()
@@ -152,8 +140,10 @@ class RLTrainer(PackedTrainer):
 
     def next_step(self) -> StepBatch:
         """The next optimizer step's groups of this rank, sampled now if none are left."""
+        self._times.note("other")
         if not self._pending:
             self._roll_out()
+            self._times.note("other")
         step = self._step_batch(self._pending.pop(0))
         step.bad, self._bad = self._bad, []
         step.rows = self.args.per_device_train_batch_size + len(step.bad)
@@ -168,11 +158,13 @@ class RLTrainer(PackedTrainer):
             if gap is not None:
                 self._metrics.maximum("sampling/canary_gap", torch.tensor([gap]))
             self._synced_at = self.state.global_step
+            self._times.note("sync")
 
     def _roll_out(self) -> None:
         args, version, start = self.rl_args, self.state.global_step, self._next_place
         try:
             ahead = self._ahead.wait()
+            self._times.note("sampling")
             self.sync_weights()
             if ahead is None:
                 made = self.maker.make(self._next_batch, version, self.state, start=start)
@@ -199,10 +191,12 @@ class RLTrainer(PackedTrainer):
         # the first step's old log-probs are those of its own forward: the weights are the same
         for later in self._pending[1:]:
             self._add_logprobs(later, "old_logprobs")
+        self._times.note("old_logprobs")
         if self._start is not None:
             with self._start.in_place(self.accelerator.unwrap_model(self.model)):
                 for step in self._pending:
                     self._add_logprobs(step, "ref_logprobs")
+        self._times.note("ref_logprobs")
         add_group_metrics(self._metrics, groups)
         self._latest = groups
         if args.dynamic_sample:
@@ -248,12 +242,7 @@ class RLTrainer(PackedTrainer):
         kept = filter(self.groups.carries_gradient, groups)
         batch = self.collator.batch([self.encode(group) for group in kept])
         batch.counts = self._counts(groups)
-        self._totals = StepTotals(
-            length=float(sum(len(ids) for group in groups for ids in group.completions)),
-            completions=batch.counts["sequences"],
-            with_spread=float(sum(group.spread for group in groups)),
-            groups=batch.counts["examples"],
-        )
+        self._totals = StepTotals.of(groups)
         return batch
 
     @torch.no_grad()
@@ -265,15 +254,8 @@ class RLTrainer(PackedTrainer):
         step = self.collator.batch([self.encode(group) for group in kept])
         for batch, _ in self._microbatches(step):  # as many on every rank: shards are gathered
             logprobs = self.score(model, batch).logprobs.cpu()
-            if not batch.real:
-                continue
-            by_completion = iter(logprobs.split(batch.lengths.tolist()))
-            for index in batch.example_index.tolist():
-                group = kept[index]
-                values: list[list[float]] = [[] for _ in group.completions]
-                for place in self.groups.taking_part(group):
-                    values[place] = next(by_completion).tolist()
-                setattr(group, name, values)
+            if batch.real:
+                self.groups.keep(kept, batch, logprobs, name)
 
     def vision_inputs(self, batch: PackedBatch) -> dict[str, Tensor]:
         """The kept features where the vision tower is frozen, otherwise pixels."""
@@ -305,7 +287,7 @@ class RLTrainer(PackedTrainer):
         metrics = Metrics()
         drawn = batch.token_values["sampler_logprobs"]
         gap = (tokens.old_logprobs - drawn).abs()
-        self._check_gap(gap)
+        check_gap(gap, self.state.global_step, self.rl_args)
         metrics.mean("sampling/logprob_gap_mean", gap)
         metrics.maximum("sampling/logprob_gap_max", gap)
         if self.rl_args.vllm_importance_sampling_correction:
@@ -317,17 +299,6 @@ class RLTrainer(PackedTrainer):
         self._totals.entropy += float(scores.entropy.detach().double().sum())
         self._totals.tokens += len(scores.entropy)
         return result.loss, metrics
-
-    def _check_gap(self, gap: Tensor) -> None:
-        # of weights that are older on purpose, a gap says nothing: the canary is looked at alone
-        bound = None if self.rl_args.max_staleness else self.rl_args.max_logprob_gap
-        if bound is not None and gap.numel() and float(gap.max()) > bound:
-            raise UserError(
-                f"step {self.state.global_step}: sampler and trainer differ by "
-                f"{float(gap.max()):.3g} in a token's log-probability, over max_logprob_gap "
-                f"{bound:g}. Look at: dtype of the two, image tiling and preprocessing, tied "
-                "embeddings and caches after a weight update, the sampler's temperature and top-k."
-            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """PackedTrainer's log; an epoch is a pass over the questions, also after a resume."""
@@ -352,6 +323,8 @@ class RLTrainer(PackedTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Transformers' own; a run that has collapsed ends here, with a checkpoint."""
+        self._times.note("train")
+        self._times.add_to(self._metrics)
         if self._collapsed is not None:
             self.control.should_log = self.control.should_save = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -368,8 +341,10 @@ class RLTrainer(PackedTrainer):
         """Answer the held-out questions with the current weights; see rl/evaluation.py."""
         if self._held_out is None:
             raise UserError("evaluation needs an eval_dataset")
+        self._times.note("other")
         self.sync_weights()
         values = self._held_out.evaluate(self.sampler, self.state.global_step, self.state)
+        self._times.note("evaluation")
         named = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(None, None, named, len(self._held_out.rows))
 

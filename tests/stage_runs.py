@@ -21,11 +21,13 @@ from typing import Any
 
 import yaml
 
+from rl.phases import PHASES
+
 PRELOAD = ["torch", "sft.trainer", "mpo.trainer", "rl.trainer", "internvl.hf_sampler"]
 PRELOAD += ["training.cli", "training.stage"]
 SECONDS = 300  # a run takes about two on an idle machine; more is a hang
 # not compared: timings, and what transformers counts over a process's own steps
-NOT_COMPARED = ("_runtime", "_per_second", "train_loss")
+NOT_COMPARED = ("_runtime", "_per_second", "train_loss", *(f"time/{p}" for p in PHASES))
 Kill = Callable[[Path], None]  # called with output_dir before the stage starts
 
 
