@@ -11,7 +11,8 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 class StageProgress(ProgressCallback):
     """transformers' progress bar, with chosen metrics on it instead of whole log lines above it.
 
-    shown: metric names, in the order of the bar. Where there is no terminal the bar is text too.
+    shown: metric names, in the order of the bar. What an evaluation found of them is a line above
+    the bar. Where there is no terminal the bar is text too.
     """
 
     def __init__(self, shown: Sequence[str]):
@@ -27,9 +28,13 @@ class StageProgress(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put the latest values of the shown metrics on the bar."""
+        """Put the latest values of the shown metrics on the bar; an evaluation's on a line."""
         if self.training_bar is None or logs is None:
             return
+        held_out = [name for name in (f"eval_{shown}" for shown in self.shown) if name in logs]
+        if held_out:
+            found = ", ".join(f"{name} {logs[name]:.4g}" for name in held_out)
+            self.training_bar.write(f"step {state.global_step}: {found}")
         for name in self.shown:
             if name in logs:
                 self._latest[name] = f"{logs[name]:.4g}"
