@@ -78,13 +78,7 @@ class MPOConfig(PackedTrainingArguments):
         size = self.precompute_ref_batch_size
         if size < 1:
             raise UserError(f"precompute_ref_batch_size is {size}, at least 1")
-        if self.reference_cache_dir is not None and not self.precompute_ref_log_probs:
-            raise UserError("reference_cache_dir is given, but precompute_ref_log_probs is false")
-        if not (self.precompute_ref_log_probs or self.needs_reference):
-            raise UserError(
-                f"precompute_ref_log_probs is false, but loss_type {self.loss_type} reads no "
-                "reference"
-            )
+        self._check_reference()
         super().__post_init__()
 
     @property
@@ -98,6 +92,19 @@ class MPOConfig(PackedTrainingArguments):
         assert self.loss_weights is not None  # __post_init__ fills it in
         weights = dict(zip(self.loss_type, self.loss_weights, strict=True))
         return LossSet(weights, self.beta, self.label_smoothing)
+
+    def _check_reference(self) -> None:
+        """Refuse options of a reference, or of its pass, that is not asked for."""
+        names = ["reference_cache_dir", "precompute_ref_batch_size"]
+        reason = "precompute_ref_log_probs is false"
+        if not self.needs_reference:
+            names.append("precompute_ref_log_probs")
+            reason = f"loss_type {self.loss_type} reads no reference"
+        elif self.precompute_ref_log_probs:
+            return
+        for name in names:
+            if getattr(self, name) != getattr(MPOConfig, name):
+                raise UserError(f"{name} is {getattr(self, name)!r}, but {reason}")
 
     def _check_losses(self) -> None:
         """Check the losses and their numbers, and fill in the weights."""

@@ -324,7 +324,7 @@ def test_a_loss_that_needs_no_reference_makes_no_pass(
     run = train("mpo", tiny_model, tmp_path, rows, loss_type=["orpo", "sft"], max_steps=1)
     assert type(run.trainer.reference) is Reference
     assert not scored and not (tmp_path / "reference").exists()
-    with pytest.raises(UserError, match=r"is false, but loss_type .* reads no reference"):
+    with pytest.raises(UserError, match=r"is False, but loss_type .* reads no reference"):
         options = {"loss_type": ["orpo"], "precompute_ref_log_probs": False}
         make_trainer("mpo", tiny_model, tmp_path, rows, Recorded(), **options)
 

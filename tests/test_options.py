@@ -74,7 +74,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mpo", {"precompute_ref_batch_size": 0}, "precompute_ref_batch_size is 0, at least 1"),
     (
         *("mpo", {"precompute_ref_log_probs": False, "reference_cache_dir": "x"}),
-        "reference_cache_dir is given, but precompute_ref_log_probs is false",
+        "reference_cache_dir is 'x', but precompute_ref_log_probs is false",
+    ),
+    (
+        *("mpo", {"precompute_ref_log_probs": False, "precompute_ref_batch_size": 8}),
+        "precompute_ref_batch_size is 8, but precompute_ref_log_probs is false",
+    ),
+    (
+        *("mpo", {"loss_type": ["orpo", "sft"], "reference_cache_dir": "x"}),
+        "reference_cache_dir is 'x', but loss_type ['orpo', 'sft'] reads no reference",
     ),
     (
         "mpo",
