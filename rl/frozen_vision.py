@@ -24,7 +24,12 @@ class FrozenVision:
         self._trainer = trainer
 
     def of_model(self) -> FrozenVision | None:
-        """Itself, or None where the tower learns (an adapter on it included)."""
+        """Itself, or None where the tower learns (an adapter on it included) or is sharded.
+
+        Ranks run it another number of times each, and a sharded one gathers weights each time.
+        """
+        if self._trainer.is_fsdp_enabled or self._trainer.is_deepspeed_enabled:
+            return None
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         learns = any(p.requires_grad and "vision_tower." in n for n, p in model.named_parameters())
         return None if learns else self

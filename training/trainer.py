@@ -33,7 +33,7 @@ from internvl.errors import UserError
 from internvl.logprobs import TokenScores
 from internvl.model import adopt
 from internvl.packing import Example, PackedBatch, filler
-from training import parts, refusals
+from training import parts, refusals, sharding
 from training.arguments import PackedTrainingArguments
 from training.attention import use_attention
 from training.batches import STEP_BATCH, StepBatch, StepCollator, StepLoader, StepSampler
@@ -111,6 +111,8 @@ class PackedTrainer(ResumableTrainer):
                 **kwargs,
             )
         refusals.refuse_other_backend(args, self.accelerator)
+        sharding.refuse_split_head(self.accelerator, internvl)
+        sharding.keep_precision(self.accelerator)
         refusals.warn_of_rounding(self)
         if self.is_world_process_zero():
             print("\n".join([parts.describe_parts(self.model, trained), *memory]))
