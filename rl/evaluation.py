@@ -19,7 +19,7 @@ from typing import Any
 from internvl.data import Row, write_jsonl
 from internvl.sampler import StreamSampler
 from rl.config import RLConfig
-from rl.refill import gather
+from rl.ranks import everywhere, gather
 from rl.rewarding import Rewarder, Verify, make_terms
 from rl.rollouts import Broken, Group, RolloutMaker, RolloutSettings
 
@@ -74,10 +74,11 @@ class HeldOut:
         maker = RolloutMaker(self.rows, sampler, s, self.rewarder)
         mine = range(s.rank, len(self.rows), s.world_size)
         found: list[tuple[int, Group | Broken]] = []
-        for start in range(0, len(mine), QUESTIONS_AT_ONCE):
-            part = mine[start : start + QUESTIONS_AT_ONCE]
-            groups = maker.answer(_BATCH, [(index, 0) for index in part], step, trainer_state)
-            found += zip(part, groups, strict=True)
+        with everywhere():
+            for start in range(0, len(mine), QUESTIONS_AT_ONCE):
+                part = mine[start : start + QUESTIONS_AT_ONCE]
+                groups = maker.answer(_BATCH, [(index, 0) for index in part], step, trainer_state)
+                found += zip(part, groups, strict=True)
         everyone = sorted((pair for part in gather(found) for pair in part), key=lambda p: p[0])
         groups = [group for _, group in everyone]
         if s.rank == 0:

@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import distributed as dist
-
 from internvl.errors import UserError
 from rl.advantages import group_advantages, standard_deviation
+from rl.ranks import everywhere, gather
 from rl.rollouts import Broken, Group, RolloutMaker, questions_at
 from training.batches import BadRow
 
@@ -74,7 +73,9 @@ def fill(
             if place in mine:
                 mine_now.append((question, asked.count(question)))
             asked.append(question)
-        fresh = iter(maker.answer(batch, mine_now, weight_version, trainer_state))
+        with everywhere():
+            answered = maker.answer(batch, mine_now, weight_version, trainer_state)
+        fresh = iter(answered)
         for place in sorted(mine):
             index = places.index(place)
             before, now[index] = now[index], next(fresh)
@@ -97,12 +98,3 @@ def scale_by_batch(groups: Sequence[Group], estimator: str) -> None:
         group.advantages = group_advantages(
             group.rewards, scale="batch", estimator=estimator, batch_std=batch_std
         )
-
-
-def gather(mine: list[Any]) -> list[list[Any]]:
-    """Every rank's list, by rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [mine]
-    found: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, mine)
-    return found

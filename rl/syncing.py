@@ -27,6 +27,7 @@ from internvl.data import Row
 from internvl.errors import UserError
 from internvl.sampler import Sampler, SamplingConfig, Score, request_of
 from rl.config import RLConfig
+from rl.ranks import raise_everywhere
 from rl.rollouts import Group
 
 CANARY_TOKENS = 8  # of each completion: the more, the more requests of one token
@@ -205,18 +206,6 @@ def check_gap(gap: Tensor, step: int, args: RLConfig) -> None:
             f"step {step}: sampler and trainer differ by {float(gap.max()):.3g} in a token's "
             f"log-probability, over max_logprob_gap {bound:g}. {ADVICE}."
         )
-
-
-def raise_everywhere(fault: UserError | None) -> None:
-    """Raise a rank's fault on every rank, so that none waits for one that has gone."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        told: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, None if fault is None else str(fault))
-        found = [text for text in told if text is not None]
-        if fault is None and found:
-            fault = UserError(found[0])
-    if fault is not None:
-        raise fault
 
 
 def make_sync(trainer: Any, sampling: SamplingConfig) -> WeightSync:

@@ -35,6 +35,7 @@ from rl.guards import CollapseError, CollapseGuard, StepTotals
 from rl.losses import Counts, PolicyTokens, policy_loss
 from rl.phases import Phases
 from rl.policy_metrics import add_loss_metrics, weigh
+from rl.ranks import everywhere, gather
 from rl.refill import fill, scale_by_batch
 from rl.rewarding import Rewarder, Verify, make_terms, make_verifier
 from rl.rollout_log import RolloutLog, add_group_metrics
@@ -151,7 +152,8 @@ class RLTrainer(PackedTrainer):
 
     def sync_weights(self) -> None:
         """Give the sampler the policy's weights, unless it has this version; see rl/syncing.py."""
-        self._ahead.wait()  # no server is given weights while it samples
+        with everywhere():
+            self._ahead.wait()  # no server is given weights while it samples
         if self._synced_at != self.state.global_step:
             model = self.accelerator.unwrap_model(self.model)
             gap = self._sync.push(model, self.state.global_step)
@@ -163,22 +165,24 @@ class RLTrainer(PackedTrainer):
     def _roll_out(self) -> None:
         args, version, start = self.rl_args, self.state.global_step, self._next_place
         try:
-            ahead = self._ahead.wait()
+            with everywhere():
+                ahead = self._ahead.wait()
             self._times.note("sampling")
             self.sync_weights()
             if ahead is None:
-                made = self.maker.make(self._next_batch, version, self.state, start=start)
+                with everywhere():
+                    made = self.maker.make(self._next_batch, version, self.state, start=start)
                 ahead = Made(self._next_batch, start, version, made)
+            assert (ahead.batch, ahead.start) == (self._next_batch, start)
+            filled = fill(
+                *(self.maker, ahead.groups, self._next_batch, start, version, self.state),
+                rounds=args.max_resample_times if args.dynamic_sample else 0,
+            )
         except UserError:  # the sampler is gone, or not what it should be: the training is not
             self._save_before_stopping()
             raise
         self._ahead.take()
-        assert (ahead.batch, ahead.start) == (self._next_batch, start)
         self._metrics.maximum("sampling/staleness", torch.tensor([version - ahead.weight_version]))
-        filled = fill(
-            *(self.maker, ahead.groups, self._next_batch, start, version, self.state),
-            rounds=args.max_resample_times if args.dynamic_sample else 0,
-        )
         groups = filled.groups
         if args.scale_rewards == "batch":
             scale_by_batch(groups, args.advantage_estimator)
@@ -208,14 +212,19 @@ class RLTrainer(PackedTrainer):
         more = self._next_batch * args.steps_per_generation < args.max_steps
         if args.max_staleness and more:
             self._ahead.begin(self._next_batch, self._next_place, version, self.state)
-        if args.vllm_enable_sleep_mode:
+        self._put_to_sleep()
+
+    def _put_to_sleep(self) -> None:
+        """The sampler's memory is the training's, until it is asked again."""
+        if self.rl_args.vllm_enable_sleep_mode:
             self.sampler.sleep()
             self._synced_at = None  # it wakes with new weights
 
     def _save_before_stopping(self) -> None:
         """A checkpoint of the steps that were taken, unless there is one."""
         folder = Path(self.args.output_dir or "") / f"checkpoint-{self.state.global_step}"
-        if self.state.global_step and not folder.exists() and self.args.save_strategy != "no":
+        there = gather([folder.exists()])  # asked of all before the first makes it
+        if self.state.global_step and not any(map(any, there)) and self.args.save_strategy != "no":
             self._save_checkpoint(self.model, trial=None)
 
     # ---- groups to steps ----
@@ -344,6 +353,7 @@ class RLTrainer(PackedTrainer):
         self._times.note("other")
         self.sync_weights()
         values = self._held_out.evaluate(self.sampler, self.state.global_step, self.state)
+        self._put_to_sleep()
         self._times.note("evaluation")
         named = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(None, None, named, len(self._held_out.rows))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from internvl.errors import DataError, UserError
 from internvl.sampler import Completion
 from rewards import Outcome, Verdict
 from rewards.functions import RewardTerm, accuracy_reward
-from rl.refill import Filled, fill
+from rl.refill import Filled, fill, scale_by_batch
 from rl.rewarding import Rewarder
 from rl.rollouts import RolloutMaker, RolloutSettings, questions_at
 
@@ -35,8 +37,11 @@ class Fake(SampleOnly):
     def __init__(self, broken: tuple[int, ...] = ()):
         self.broken = broken
         self.asked: list[tuple[str, int]] = []
+        self.gone = False
 
     def sample(self, requests: Any, config: Any, progress: bool = False) -> list[list[Completion]]:
+        if self.gone:
+            raise UserError("the sampler is gone")
         for request in requests:
             list(request.images)
         out = []
@@ -70,14 +75,24 @@ def verdicts(asked: Any) -> list[Verdict]:
     ]
 
 
-def filled(world: int, monkeypatch: pytest.MonkeyPatch, broken: Any = (), rounds: int = 2) -> Any:
-    """Every rank's Filled of batch 0, in one process: the ranks go round by round together."""
+def filled(
+    world: int,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: Any = (),
+    rounds: int = 2,
+    failing: int | None = None,
+) -> Any:
+    """Every rank's Filled of batch 0, in one process: the ranks go round by round together.
+
+    failing: a rank whose sampler has gone when a place is to be filled.
+    """
     rows, made, ranks = rows_of(broken), [], []
     for rank in range(world):
         settings = RolloutSettings(None, 8 // world, 2, 7, rank, world, "group")  # type: ignore[arg-type]
         rewarder = Rewarder(rows, [RewardTerm("accuracy", accuracy_reward)], verdicts)
         ranks.append(RolloutMaker(rows, Fake(), settings, rewarder))  # type: ignore[arg-type]
         made.append(ranks[-1].make(0, 5))
+        ranks[-1].sampler.gone = rank == failing  # type: ignore[attr-defined]
     if world == 1:
         return [fill(ranks[0], made[0], 0, 0, 5, rounds=rounds)]
     from threading import Barrier, Thread, local
@@ -91,11 +106,15 @@ def filled(world: int, monkeypatch: pytest.MonkeyPatch, broken: Any = (), rounds
         barrier.wait()
         return every
 
-    monkeypatch.setattr("rl.refill.gather", gather)
+    for module in ("ranks", "refill"):
+        monkeypatch.setattr(f"rl.{module}.gather", gather)
 
     def run(rank: int) -> None:
         own.rank = rank
-        out[rank] = fill(ranks[rank], made[rank], 0, 0, 5, rounds=rounds)  # type: ignore[call-overload]
+        try:
+            out[rank] = fill(ranks[rank], made[rank], 0, 0, 5, rounds=rounds)  # type: ignore[call-overload]
+        except UserError as error:
+            out[rank] = error  # type: ignore[call-overload]
 
     threads = [Thread(target=run, args=(rank,)) for rank in range(world)]
     for thread in threads:
@@ -147,6 +166,36 @@ def test_the_number_of_ranks_changes_nothing(
         assert first + second == one.groups[8 * step : 8 * step + 8]
     both = [bad.reason for part in two for bad in part.bad]
     assert sorted(both) == sorted(bad.reason for bad in one.bad)
+
+
+def test_a_rank_that_must_stop_stops_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None waits for it: they stop at the same place, and can save a checkpoint together."""
+    first, second = filled(2, monkeypatch, failing=1)
+    assert [type(rank) for rank in (first, second)] == [UserError, UserError]
+    assert str(first) == str(second) == "the sampler is gone"
+
+
+def test_a_question_that_comes_again_is_asked_with_another_seed() -> None:
+    rows = rows_of(tuple(range(5, NUMBER)))
+    fake = Fake()
+    settings = RolloutSettings(None, 8, 2, 7, 0, 1, "group")  # type: ignore[arg-type]
+    rewarder = Rewarder(rows, [RewardTerm("accuracy", accuracy_reward)], verdicts)
+    maker = RolloutMaker(rows, fake, settings, rewarder)  # type: ignore[arg-type]
+    filled = fill(maker, maker.make(0, 5), 0, 0, 5, rounds=2)
+    assert len(filled.groups) == 16
+    answered = [asked for asked in fake.asked if int(asked[0]) < 5]
+    assert len(answered) > 16
+    assert len(set(answered)) == len(answered)
+
+
+def test_the_batchs_deviation_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks' rewards 1 0 | 3 1: deviation sqrt(19/12), means 1/2 and 2."""
+    (one,) = filled(1, monkeypatch, rounds=9)
+    group = replace(one.groups[0], rewards=[1.0, 0.0])
+    monkeypatch.setattr("rl.refill.gather", lambda mine: [mine, [3.0, 1.0]])
+    scale_by_batch([group], "grpo")
+    assert group.advantages[0] == pytest.approx(0.5 / (math.sqrt(19 / 12) + 1e-4), rel=1e-12)
+    assert group.advantages[1] == -group.advantages[0]
 
 
 def test_a_broken_image_is_put_aside_and_its_place_taken(monkeypatch: pytest.MonkeyPatch) -> None:
