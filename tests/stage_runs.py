@@ -148,8 +148,8 @@ def _child(
     torch.set_num_threads(1)
 
     class ByParity(Rewarder):
-        def __init__(self, rows: Any, terms: Any, verify: Any) -> None:
-            super().__init__(rows, terms, parity)
+        def __init__(self, rows: Any, terms: Any, verify: Any, timeout: float) -> None:
+            super().__init__(rows, terms, parity, timeout)
 
     if by_parity:
         trainer.Rewarder = ByParity  # type: ignore[misc]
