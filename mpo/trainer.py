@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import InternVLProcessor
 
 from internvl.data import Row
@@ -124,7 +125,7 @@ class MPOTrainer(PackedTrainer):
         return loss
 
     def _announce(self, loss: float) -> None:
-        """Print the first loss beside what it must be while policy = reference."""
+        """Print the first loss, above the bar, beside what it must be while policy = reference."""
         self._announced = True
         so_far = Metrics()
         so_far.merge(self._metrics)
@@ -136,15 +137,17 @@ class MPOTrainer(PackedTrainer):
         expected = self._losses.first_loss(measured)
         if expected is None:
             names = " and ".join(self._losses.weights)
-            print(f"first loss {loss:.6f}; {names} can be anything there, so it is not checked")
+            tqdm.write(
+                f"first loss {loss:.6f}; {names} can be anything there, so it is not checked"
+            )
             return
         parts = [f"{words} {measured[name]:.6f}" for name, words in self._losses.measured.items()]
-        print(
+        tqdm.write(
             f"first loss {loss:.6f}, expected {expected:.6f} = "
             + ", ".join([self._losses.first_loss_words, *parts])
         )
         if abs(loss - expected) > FIRST_LOSS_TOLERANCE:
-            print(
+            tqdm.write(
                 f"WARNING: the first loss is off by {loss - expected:+.6f}: policy and reference "
                 "differ before the first step (dropout, another image path, stale reference?)"
             )
