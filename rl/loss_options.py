@@ -141,9 +141,10 @@ class LossOptions:
                 f"vllm_importance_sampling_clip_min is {least} and _clip_max {most}; bounds of a "
                 "ratio, the lower one first"
             )
-        if bounds == (None, None) and self.vllm_importance_sampling_mode.endswith("mask"):
+        if bounds == (None, None):
             raise UserError(
-                "vllm_importance_sampling_mode masks what is out of bounds, but there are none"
+                "vllm_importance_sampling_mode masks or clamps what is out of bounds, but there "
+                "are none: give vllm_importance_sampling_clip_max"
             )
 
     def objective(self, max_completion_length: int) -> Objective:

@@ -22,6 +22,11 @@ Kind = Literal["server", "vllm", "transformers"]
 
 def choose_sampler(args: RLConfig, model_args: ModelArguments, folder: Path) -> Kind:
     """Who will sample; nothing is loaded. Raises `UserError` for what cannot be honoured."""
+    if model_args.lora_dropout:
+        raise UserError(
+            "lora_dropout: what is dropped out would be in the ratio to the old log-probabilities, "
+            "and in the gap to the sampler, which drop nothing out; leave it at 0 in this stage"
+        )
     if args.uses_servers:
         kind: Kind = "server"
     else:

@@ -32,7 +32,9 @@ from rl.config import RLConfig
 from rl.evaluation import pass_at_k
 from rl.guards import CollapseError, CollapseGuard, StepTotals
 from rl.rollout_log import RolloutLog
+from rl.sampling import choose_sampler
 from rl.tracker_table import COLUMNS
+from training.cli import ModelArguments
 
 KINDS = ["mixed", "equal", "other", "unjudged"]
 OPTIONS: dict[str, Any] = {
@@ -407,6 +409,14 @@ def test_a_step_without_spread_is_a_step(tiny_model: Path, tmp_path: Path) -> No
         ({"beta": -1.0}, "beta is -1"),
         ({"vllm_importance_sampling_mode": "token_mask"}, "_correction is not"),
         ({"vllm_importance_sampling_clip_max": 2.0}, "_correction is not"),
+        (
+            {
+                "vllm_importance_sampling_correction": True,
+                "vllm_importance_sampling_mode": "token_truncate",
+                "vllm_importance_sampling_clip_max": None,
+            },
+            "there are none: give",
+        ),
         ({"max_resample_times": 5}, "dynamic_sample is not"),
         ({"collapse_steps": 5}, "no collapse_... bound is"),
         ({"eval_steps": 5, "eval_strategy": "steps"}, "eval_file goes with"),
@@ -420,6 +430,15 @@ def test_a_step_without_spread_is_a_step(tiny_model: Path, tmp_path: Path) -> No
 def test_options_that_do_not_go_together(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         RLConfig(output_dir="out", train_file="q.jsonl", max_steps=1, use_cpu=True, **given)
+
+
+def test_dropout_of_an_adapter_is_refused(tmp_path: Path) -> None:
+    args = RLConfig(
+        output_dir="out", train_file="q", max_steps=1, use_cpu=True, sampler="transformers"
+    )
+    model = ModelArguments(model_name_or_path="m", use_peft=True, lora_dropout=0.1)
+    with pytest.raises(UserError, match="leave it at 0 in this stage"):
+        choose_sampler(args, model, tmp_path)
 
 
 def test_evaluation_options_that_do_not_go_together() -> None:
