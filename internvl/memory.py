@@ -22,8 +22,9 @@ class State:
 
     weights: bytes of all weights as they lie in memory. parameters: their number. trained: of them
     (an adapter's, too). gradient: bytes of one gradient number. moments: bytes of optimizer states
-    for each trained number. copies: other whole models held beside (a reference's). shards: over
-    how many devices weights, gradients and optimizer states are cut up.
+    for each trained number. reference: bytes of a reference that is held beside, to be asked in
+    every micro-batch. shards: over how many devices weights, gradients and optimizer states are
+    cut up.
     """
 
     weights: float
@@ -31,7 +32,7 @@ class State:
     trained: int
     gradient: float = 4
     moments: float = 8
-    copies: int = 0
+    reference: float = 0
     shards: tuple[int, int, int] = (1, 1, 1)
 
 
@@ -39,7 +40,8 @@ class State:
 class Work:
     """What one micro-batch runs: its tokens and tiles, and how.
 
-    vision: the vision tower is trained, and keeps what it needs for that.
+    vision: the vision tower is trained, and keeps what it needs for that. entropy: of the scored
+    tokens' distributions it is wanted, too. gpu: False where it runs on a CPU.
     """
 
     tokens: int
@@ -47,6 +49,8 @@ class Work:
     checkpointing: bool = True
     vision: bool = True
     bf16: bool = True
+    entropy: bool = False
+    gpu: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,16 @@ class Memory:
 def estimate(config: InternVLConfig, state: State, work: Work, engine: float = 0) -> Memory:
     """Estimate what training takes on one device, in bytes.
 
-    engine: what a sampler holds beside. Under autocast the weights that are in float32 are there
-    once more in bfloat16 while a micro-batch runs. Not counted: the allocator's slack.
+    engine: what a sampler holds beside. Under autocast the float32 weights that are trained are
+    there once more in bfloat16 while a micro-batch runs (others are cast where they are used, and
+    forgotten). A pass before the first step (MPO's reference) takes less than a step: nothing is
+    kept for a backward. Not counted: the allocator's slack.
     """
-    cast = 2 * state.parameters if work.bf16 and state.weights >= 4 * state.parameters else 0
+    cast = 2 * state.trained if work.bf16 and state.weights > 2 * state.parameters else 0
+    heads = 2 if state.reference else 1  # its logits, beside those that wait for their backward
     weights, gradients, optimizer = state.shards
     return Memory(
-        weights=(state.weights * (1 + state.copies) + cast) / weights,
+        weights=(state.weights + state.reference + cast) / weights,
         gradients=state.gradient * state.trained / gradients,
         optimizer=state.moments * state.trained / optimizer,
         activations=activation_bytes(
@@ -91,7 +98,7 @@ def estimate(config: InternVLConfig, state: State, work: Work, engine: float = 0
             vision=work.vision,
             bf16=work.bf16,
         ),
-        logits=_logit_bytes(config, work.tokens),
+        logits=heads * _logit_bytes(config, work),
         engine=engine,
     )
 
@@ -121,10 +128,12 @@ def _text_widths(config: InternVLConfig) -> tuple[int, int, int, int]:
 
 # Bytes that autograd keeps for one token in one layer, for each unit of a width: counted with
 # saved_tensors_hooks over tiny models whose widths were varied one at a time (tests/test_info.py
-# counts again). (float32, bfloat16 autocast)
-_KEPT_HIDDEN, _KEPT_QUERY, _KEPT_KEY, _KEPT_MLP = (25, 28), (26, 15), (8, 2), (16, 8)
-_KEPT_QK_NORM = (8, 4)
-_KEPT_VISION, _KEPT_VISION_MLP = (42, 28), (8, 4)
+# counts again), attention by `split`, which keeps queries, keys, values and its output, as flash
+# kernels do. (float32, bfloat16 autocast)
+_KEPT_HIDDEN, _KEPT_ATTENTION, _KEPT_MLP = (24, 26), (8, 4), (16, 8)
+_KEPT_QK_NORM = (8, 6)
+_KEPT_EXPERT, _KEPT_EXPERT_MLP = (8, 8), (16, 14)  # for each expert that a token passes
+_KEPT_VISION, _KEPT_VISION_MLP = (40, 28), (8, 4)
 
 
 def activation_bytes(
@@ -143,10 +152,13 @@ def activation_bytes(
     """
     kind = int(bf16)
     width, queries, keys, inner = _text_widths(config)
-    layer = _KEPT_HIDDEN[kind] * width + _KEPT_QUERY[kind] * queries + _KEPT_KEY[kind] * keys
-    layer += _KEPT_MLP[kind] * inner
+    layer = _KEPT_HIDDEN[kind] * width + _KEPT_ATTENTION[kind] * (queries + keys)
     if config.text_config.model_type.startswith("qwen3"):
         layer += _KEPT_QK_NORM[kind] * (queries + keys)
+    if experts := getattr(config.text_config, "num_experts_per_tok", 0):
+        layer += _KEPT_EXPERT[kind] * experts * width + _KEPT_EXPERT_MLP[kind] * inner
+    else:
+        layer += _KEPT_MLP[kind] * inner
     layers = config.text_config.num_hidden_layers
     total = tokens * (4 * width * layers + layer if checkpointing else layer * layers)
     if not vision or not tiles:
@@ -159,9 +171,18 @@ def activation_bytes(
     return total + patches * kept
 
 
-def _logit_bytes(config: InternVLConfig, tokens: int) -> int:
-    """One chunk of logits, four times: as computed, in float32, and twice in its backward."""
-    from internvl.logprobs import MAX_LOGITS
+# Float32 tensors that internvl/logprobs.py makes of a chunk of logits: (alone, with the entropy and
+# the sampler's temperature and forbidden ids). A GPU works on all rows of it at once.
+_LOGITS_CPU, _LOGITS_GPU = (1, 2), (2, 4)
+
+
+def _logit_bytes(config: InternVLConfig, work: Work) -> int:
+    """One chunk of logits as computed, and what is made of it; in float32 the first is the same."""
+    from internvl.logprobs import MAX_LOGITS, MAX_LOGITS_GPU
 
     vocabulary = config.text_config.vocab_size
-    return 4 * 4 * min(max(MAX_LOGITS, vocabulary), tokens * vocabulary)
+    most = MAX_LOGITS_GPU if work.gpu else MAX_LOGITS
+    copies = (_LOGITS_GPU if work.gpu else _LOGITS_CPU)[int(work.entropy)]
+    numbers = min(max(most, vocabulary), work.tokens * vocabulary)
+    computed = 2 if work.bf16 else 4 if work.entropy else 0
+    return numbers * (4 * copies + computed)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from internvl.errors import UserError
 from mpo.loss_set import LOSSES, MPO_WEIGHTS, LossSet
-from training.arguments import PackedTrainingArguments
+from training.arguments import Copies, PackedTrainingArguments
 
 _SMOOTHED = [name for name, loss in LOSSES.items() if loss.reads_label_smoothing]
 
@@ -85,6 +85,17 @@ class MPOConfig(PackedTrainingArguments):
     def needs_reference(self) -> bool:
         """Whether the loss looks at the reference's log-probabilities."""
         return self.losses.needs_reference
+
+    @property
+    def copies_of_trained(self) -> Copies:
+        """The reference that is asked at each step; see mpo/reference.py."""
+        live = self.needs_reference and not self.precompute_ref_log_probs
+        return Copies(device=int(live))
+
+    @property
+    def scores_entropy(self) -> bool:
+        """Where it is to be logged."""
+        return self.log_entropy
 
     @property
     def losses(self) -> LossSet:

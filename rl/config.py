@@ -12,7 +12,7 @@ from rewards.pool import DEFAULT_LIMIT
 from rl.guard_options import GuardOptions
 from rl.loss_options import LossOptions
 from rl.sampler_options import SamplerOptions
-from training.arguments import PackedTrainingArguments
+from training.arguments import Copies, PackedTrainingArguments
 
 
 @dataclass
@@ -162,6 +162,19 @@ class RLConfig(SamplerOptions, LossOptions, GuardOptions, JudgeOptions, PackedTr
             raise UserError("data_seed: the order of the questions follows seed in this stage")
         self._check_rewards()
         super().__post_init__()
+
+    @property
+    def copies_of_trained(self) -> Copies:
+        """The KL term's: the weights of the start, and those of now while the others are in place.
+
+        See `StartWeights`.
+        """
+        return Copies(host=2 if self.beta else 0)
+
+    @property
+    def scores_entropy(self) -> bool:
+        """Always: it is logged."""
+        return True
 
     def _check_rewards(self) -> None:
         """Refuse rewards that cannot be added up, and options of what is not among them."""

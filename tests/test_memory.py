@@ -9,14 +9,36 @@ from typing import Any
 import pytest
 import torch
 from trainer_cases import Recorded, conversations, make_trainer, pairs, train, write_images
+from transformers import InternVLConfig
 
 from internvl.checkpoint import load_model
 from internvl.errors import UserError
 from internvl.memory import State, Work, estimate
+from internvl.model import InternVLForConditionalGeneration
+from mpo.config import MPOConfig
+from rl.config import RLConfig
 from training import memory, quantising
 from training.cli import ModelArguments, peft_config
 from training.memory import Room, optimizer_bytes, state_of
+from training.parts import count_parts
 
+VISION = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 56,
+    "patch_size": 14,
+}
+TEXT = {
+    "model_type": "qwen3",
+    "vocab_size": 50_000,
+    "hidden_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+}
 FOUR_BIT = importlib.util.find_spec("bitsandbytes") is not None
 
 
@@ -43,6 +65,34 @@ def test_state_is_counted(tiny_model: Path, images: Path, tmp_path: Path) -> Non
     config = trainer.model.get_base_model().config
     need = estimate(config, State(4e6, 10**6, 10**6, shards=(4, 2, 1)), Work(100, 1))
     assert (need.weights, need.gradients, need.optimizer) == (6e6 / 4, 4e6 / 2, 8e6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "copies"),
+    [
+        (MPOConfig, {}, (0, 0)),
+        (MPOConfig, {"precompute_ref_log_probs": False}, (1, 0)),
+        (RLConfig, {}, (0, 0)),
+        (RLConfig, {"beta": 0.04}, (0, 2)),
+    ],
+)
+def test_a_references_weights_are_counted(
+    kind: Any, options: dict[str, Any], copies: tuple[int, int]
+) -> None:
+    """On the device MPO's that is asked at each step, on the host RL's; frozen weights are not."""
+    args = kind(train_file="t", use_cpu=True, max_steps=1, bf16=True, **options)
+    model = InternVLForConditionalGeneration(InternVLConfig(vision_config=VISION, text_config=TEXT))
+    model.model.vision_tower.requires_grad_(False)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert args.copies_of_trained == copies
+    state = state_of(model, args)
+    assert state.reference == 4 * trained * copies[0]
+    assert estimate(model.config, state, Work(8, 0)).weights == (
+        4 * state.parameters + 4 * trained * copies[0] + 2 * trained
+    )
+    lines = memory.report_memory(model, args, count_parts(model))
+    start = f"(then {8 * trained / 2**30:.2f} of the start)"
+    assert (start in lines[1]) == (copies[1] > 0)
 
 
 def test_optimizers_by_name() -> None:
@@ -84,7 +134,7 @@ def test_four_bits_are_refused_where_they_cannot_be(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(not FOUR_BIT, reason="bitsandbytes is not installed")
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("nested", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_adapter_is_trained_over_four_bits(
     nested: bool, tiny_model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -51,6 +51,13 @@ _AT_LEAST_ONE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "max_tokens_per_microbatch"),
     *("max_tiles_per_microbatch", "max_tiles", "max_length"),
 )
+
+
+class Copies(NamedTuple):
+    """How often a stage holds what is trained once more: on the device, and on the host."""
+
+    device: int = 0
+    host: int = 0
 
 
 @dataclass
@@ -223,6 +230,18 @@ class PackedTrainingArguments(TrainingArguments):
                     f"report_to names {name!r}, which is not installed; there is: "
                     f"{', '.join(available) or 'none'}"
                 )
+
+    # what the estimate of memory needs to know of a stage
+
+    @property
+    def copies_of_trained(self) -> Copies:
+        """A reference's copies of what is trained."""
+        return Copies()
+
+    @property
+    def scores_entropy(self) -> bool:
+        """Whether a training step asks for the entropy of the scored tokens."""
+        return False
 
     def _check_parts(self) -> None:
         """Refuse what trains nothing, and rates for what is frozen."""

@@ -59,9 +59,9 @@ def shards(args: PackedTrainingArguments) -> tuple[int, int, int]:
 def state_of(model: nn.Module, args: PackedTrainingArguments) -> State:
     """What the model, its gradients and the optimizer hold; DDP keeps gradients twice (buckets)."""
     parameters = list(model.parameters())
-    trained = [p for p in parameters if p.requires_grad]
-    number = sum(p.numel() for p in trained)
-    size = sum(p.numel() * p.element_size() for p in trained) / max(1, number)
+    number = sum(p.numel() for p in parameters if p.requires_grad)
+    trained = _trained_bytes(model)
+    size = trained / max(1, number)
     cut = shards(args)
     return State(
         weights=sum(p.numel() * p.element_size() for p in parameters),
@@ -69,8 +69,13 @@ def state_of(model: nn.Module, args: PackedTrainingArguments) -> State:
         trained=number,
         gradient=size * (2 if args.world_size > 1 and cut == (1, 1, 1) else 1),
         moments=optimizer_bytes(args.optim.value),
+        reference=trained * args.copies_of_trained.device,
         shards=cut,
     )
+
+
+def _trained_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def work_of(config: Any, args: PackedTrainingArguments, counts: dict[str, Count]) -> Work:
@@ -83,6 +88,8 @@ def work_of(config: Any, args: PackedTrainingArguments, counts: dict[str, Count]
         checkpointing=args.gradient_checkpointing,
         vision=counts[PARTS[0]].trained > 0,
         bf16=args.bf16,
+        entropy=args.scores_entropy,
+        gpu=args.device.type != "cpu",
     )
 
 
@@ -133,10 +140,12 @@ def report_memory(
     ready = loader_bytes(config, args)
     on_host = args.device.type == "cpu"
     loaded = 0 if on_host else state.weights
-    host = local * (ready + loaded)
+    start = args.copies_of_trained.host * _trained_bytes(model) / state.shards[0]
+    host = local * (ready + max(loaded, start))
+    kept = f" (then {_gib(start)} of the start)" if start else ""
     lines.append(
         f"host memory, estimated: {_gib(host)} GiB = {local} processes x ({_gib(loaded)} weights "
-        f"while they load + {_gib(ready)} tiles of steps ahead){_of(host_room())}"
+        f"while they load{kept} + {_gib(ready)} tiles of steps ahead){_of(host_room())}"
     )
     if room is None:
         return lines
@@ -145,10 +154,11 @@ def report_memory(
             f"weights, gradients and optimizer take {_gib(need.state)} GiB of the device's "
             f"{_gib(room.total)} GiB: {_LESS_STATE}"
         )
-    held = state.weights if on_host else 0  # on the CPU the weights are in their place already
-    if need.total - held > room.free:
+    # on the CPU the weights are in their place already, and all the host holds is the device's
+    more = need.total - state.weights + host if on_host else need.total
+    if more > room.free:
         lines.append(
-            f"WARNING: about {_gib(need.total - held)} GiB are needed and {_gib(room.free)} GiB "
+            f"WARNING: about {_gib(more)} GiB are needed and {_gib(room.free)} GiB "
             f"are free: lower max_tokens_per_microbatch ({args.max_tokens_per_microbatch}), set "
             f"gradient_checkpointing, or {_LESS_STATE}"
         )
