@@ -52,7 +52,7 @@ def attend_split_by_contract(
     "attend", [attend_segments, attend_split, attend_by_contract, attend_split_by_contract]
 )
 @given(EXAMPLES)
-@settings(max_examples=20)
+@settings(max_examples=8)
 def test_equals_a_dense_mask(attend: Attend, examples: list[tuple[int, list[int]]]) -> None:
     """Output and the gradients of q, k, v, in float64; heads grouped two to a key."""
     segments, sees = row_of(examples)
@@ -68,7 +68,7 @@ def test_equals_a_dense_mask(attend: Attend, examples: list[tuple[int, list[int]
 
 
 @given(EXAMPLES)
-@settings(max_examples=5)
+@settings(max_examples=3)
 def test_flex_forward_equals_a_dense_mask(examples: list[tuple[int, list[int]]]) -> None:
     """All that torch has on a CPU."""
     segments, sees = row_of(examples)
@@ -79,7 +79,7 @@ def test_flex_forward_equals_a_dense_mask(examples: list[tuple[int, list[int]]])
 
 @pytest.mark.parametrize("scale", [1, 9])
 @given(EXAMPLES)
-@settings(max_examples=10)
+@settings(max_examples=4)
 def test_block_mask_is_torchs_own(scale: int, examples: list[tuple[int, list[int]]]) -> None:
     """The blocks that create_block_mask finds by looking at every pair, empty and full ones too."""
     examples = [(prompt * scale, [size * scale for size in sizes]) for prompt, sizes in examples]
@@ -100,7 +100,7 @@ def test_block_mask_is_torchs_own(scale: int, examples: list[tuple[int, list[int
 
 
 @given(EXAMPLES)
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_every_position_is_computed_once(examples: list[tuple[int, list[int]]]) -> None:
     """Padding of a call is never read: the positions that are gathered are a permutation."""
     segments, sees = row_of(examples)
@@ -113,7 +113,7 @@ def test_every_position_is_computed_once(examples: list[tuple[int, list[int]]]) 
 
 
 @given(EXAMPLES)
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_indices_say_who_sees_whom(examples: list[tuple[int, list[int]]]) -> None:
     """Both index-building functions give the layout's mask, each pair once."""
     segments, sees = row_of(examples)

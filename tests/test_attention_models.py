@@ -98,7 +98,7 @@ def test_packed_is_plain(family: Family, backend: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reentrant", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_gradient_checkpointing_changes_nothing(
     family: Family, backend: str, seen: list[Case], reentrant: bool
 ) -> None:

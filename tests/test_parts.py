@@ -50,7 +50,9 @@ def trained_names(trainer: Any) -> set[str]:
     return {name for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("part", [VIT, PROJECTOR, LLM])
+@pytest.mark.parametrize(
+    "part", [VIT, *(pytest.param(part, marks=pytest.mark.slow) for part in (PROJECTOR, LLM))]
+)
 def test_a_frozen_part_stays_and_the_others_learn_as_before(
     part: str, tiny_model: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -85,7 +87,16 @@ def expected_rate(name: str) -> float:
     return 0.03 if "projector" in name else 0.02
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine_with_min_lr", "constant_with_warmup"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "linear",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("cosine_with_min_lr", "constant_with_warmup")
+        ),
+    ],
+)
 def test_rates_by_part_are_those_of_an_optimizer_made_by_hand(
     schedule: str, tiny_model: Path, images: Path, tmp_path: Path
 ) -> None:

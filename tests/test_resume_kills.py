@@ -124,6 +124,7 @@ def references(
     return get
 
 
+@pytest.mark.slow
 def test_lora_with_dropout_killed_at_a_drawn_step(
     make: Make, references: Callable[..., StageRun]
 ) -> None:
