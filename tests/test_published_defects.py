@@ -53,8 +53,8 @@ DEFECTS = {
         "test_published_defects.py::test_a_token_of_id_0_is_a_token",
     ],
     "8 bco_pair has no delta; vision DPO refuses a computed reference": [
-        "test_losses.py::test_delta_by_hand",
-        "test_losses.py::test_delta_is_the_mean_of_all_rewards_before",
+        "test_mpo_losses.py::test_delta_by_hand",
+        "test_mpo_losses.py::test_delta_is_the_mean_of_all_rewards_before",
         "test_losses_trl.py::test_dpo_and_bco_without_shift_are_trls",
         "test_trainer.py::test_mpo_steps_are_plain",
         "test_mpo_reference.py::test_the_key_of_a_reference",
