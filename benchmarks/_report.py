@@ -125,6 +125,37 @@ def write_gspo(result: Mapping[str, Any]) -> None:
     _write("gspo", gspo_text(result))
 
 
+def rl_step_text(result: Mapping[str, Any]) -> str:
+    """The online step's part of the page."""
+    phases = list(dict.fromkeys(p for spent in result["share"].values() for p in spent))
+    rows = []
+    for name, shares in result["share"].items():
+        seconds = result["seconds_a_step"][name]
+        told = [f"{shares.get(p, 0):.0%} ({seconds.get(p, 0):.2f} s)" for p in phases]
+        rows.append([name, f"{sum(seconds.values()):.2f}", *told])
+    plot = "![An online step's phases](performance_rl_step.svg)"
+    lines = [table(["case", "s a step", *phases], rows), "", plot, ""]
+    return "\n".join([*lines, _facts(result["facts"])])
+
+
+def write_rl_step(result: Mapping[str, Any]) -> None:
+    """Write the online step's table and its plot: one bar a case, stacked by phase."""
+    figure, axes = _figure(len(result["share"]) + 2)
+    names = list(result["share"])
+    phases = list(dict.fromkeys(p for spent in result["share"].values() for p in spent))
+    colours = ("#8c564b", OURS, "#7fb3c8", "#d9a441", "#c46a3f", "#4f7942", THEIRS, MODEL)
+    start = [0.0] * len(names)
+    for phase, colour in zip(phases, colours, strict=False):
+        widths = [100 * result["share"][name].get(phase, 0.0) for name in names]
+        axes.barh(names, widths, left=start, color=colour, height=0.6, label=phase)
+        start = [a + b for a, b in zip(start, widths, strict=True)]
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share of an online step's wall time, %")
+    figure.legend(loc="outside upper center", ncols=len(phases), frameon=False, fontsize="small")
+    _save(figure, "performance_rl_step.svg")
+    _write("rl_step", rl_step_text(result))
+
+
 def _figure(bars: int) -> tuple[Any, Any]:
     from matplotlib import rcParams
     from matplotlib.figure import Figure
