@@ -57,9 +57,11 @@ class Canary:
         self.config = config
         places = [index * len(rows) // number for index in range(min(number, len(rows)))]
         self.groups, self.requests = [], []
+        # no longer than the sampler has room for, with the one token that it draws behind them
+        length = max(1, min(CANARY_TOKENS, config.max_tokens - 1))
         for place in dict.fromkeys(places):
             row = rows[place]
-            ids = encode_text(f"The answer is {row.data.get('answer')}.")[:CANARY_TOKENS]
+            ids = encode_text(f"The answer is {row.data.get('answer')}.")[:length]
             self.groups.append(_group(place, ids))
             self.requests.append(replace(request_of(row, seed=place), started=tuple(ids)))
         self.prompt_tokens: list[int] | None = None  # the trainer's, where it has told
