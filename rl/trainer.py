@@ -45,6 +45,7 @@ from rl.tracker_table import log_table, table_rows
 from training.batches import STEP_BATCH, BadRow, StepBatch
 from training.late_checks import LateChecks, late_quarantine
 from training.metrics import Metrics, sum_over_ranks
+from training.refusals import refuse_sharded
 from training.trainer import PackedTrainer
 
 
@@ -112,6 +113,8 @@ class RLTrainer(PackedTrainer):
             mask_truncated=args.mask_truncated_completions,
             vision=None if self._frozen is None else self._frozen.features,
         )
+        if self.objective.beta:
+            refuse_sharded(self, "beta (the start's weights are put in the model's place)")
         model = self.accelerator.unwrap_model(self.model)
         self._start = StartWeights(model) if self.objective.beta else None
         self._guard = CollapseGuard(args)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from rl.config import RLConfig
 from sft.config import SFTConfig
 from training.arguments import PackedTrainingArguments
 from training.cli import ModelArguments, parse_config
+from training.refusals import refuse_lone_ranks
 from training.stage import check_eval_file
 
 CONFIGS = {"sft": SFTConfig, "mpo": MPOConfig, "rl": RLConfig}
@@ -196,3 +198,15 @@ def test_a_warm_up_given_as_a_share(tiny_model: Path, images: Path, tmp_path: Pa
         **{**ADAPTIVE, "warmup_steps": 0.05},
     )
     assert trainer._schedule.warmup_steps == 5
+
+
+def test_several_processes_that_transformers_takes_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under torchrun on a CPU without use_cpu: each would write into output_dir as if alone."""
+    alone: Any = SimpleNamespace(world_size=1)
+    both: Any = SimpleNamespace(world_size=2)
+    refuse_lone_ranks(alone)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuse_lone_ranks(both)
+    with pytest.raises(UserError, match=r"2 processes were started .* sees 1: on a CPU add"):
+        refuse_lone_ranks(alone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -31,6 +32,19 @@ def refuse_unread(names: Iterable[str]) -> None:
     for name in names:
         if name in _UNREAD:
             raise UserError(f"{name} would not be read: a stage's encode, count and loss do that")
+
+
+def refuse_lone_ranks(args: TrainingArguments) -> None:
+    """Raise `UserError` where transformers takes one of several processes for the only one.
+
+    As it does on a CPU under torchrun without use_cpu: all would write into one output_dir.
+    """
+    number = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and number != str(args.world_size):
+        raise UserError(
+            f"{number} processes were started (WORLD_SIZE), but transformers sees "
+            f"{args.world_size}: on a CPU add --use_cpu true"
+        )
 
 
 def refuse_other_backend(args: TrainingArguments, accelerator: Accelerator) -> None:

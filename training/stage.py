@@ -34,6 +34,7 @@ from training.attention import check_checkpoint_attention
 from training.cli import ModelArguments
 from training.encoders import make_encoder
 from training.quantising import four_bit
+from training.refusals import refuse_lone_ranks
 
 
 @dataclass
@@ -110,6 +111,7 @@ def check_eval_file(args: PackedTrainingArguments, file: str | None) -> None:
 
 def open_stage(model_args: ModelArguments, args: PackedTrainingArguments) -> Stage:
     """Load the model and processor that a stage starts from, an adapter with its base."""
+    refuse_lone_ranks(args)
     set_seed(args.seed)
     folder = Path(model_args.model_name_or_path)
     base = base_of(folder)

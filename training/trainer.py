@@ -79,6 +79,7 @@ class PackedTrainer(ResumableTrainer):
             raise UserError(
                 "nn.DataParallel is not supported: start one process a GPU with accelerate launch"
             )
+        refusals.refuse_lone_ranks(args)
         refusals.refuse_unread(kwargs)
         given = given_adapter(model, peft_config)
         internvl = adopt(model.get_base_model() if isinstance(model, PeftModel) else model)
