@@ -194,7 +194,7 @@ def run_marked(run: str, folder: Path) -> None:
 
 
 def mark_phases(phases: dict[str, float]) -> None:
-    """Note how long each part of `python -m mpo` takes; what it imports is imported in its order."""
+    """Note how long each part of `python -m mpo` takes; its imports are made in its order."""
     last = time.perf_counter()
 
     def mark(name: str) -> None:

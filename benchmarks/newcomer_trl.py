@@ -1,4 +1,4 @@
-"""The glue that MMPR files need before TRL 1.16 trains on them: `newcomer_trl.py FOLDER full|lora`."""
+"""The glue that MMPR files need before TRL 1.16 takes them: `newcomer_trl.py FOLDER full|lora`."""
 
 import json
 import sys
