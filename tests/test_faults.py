@@ -259,7 +259,7 @@ CASES: list[tuple[str, Any, str]] = [
         f"{NOT_HERE}: no config.json there; expected",
     ),
     ("rl", {"num_generations": 1}, "num_generations is 1; a group needs at least 2"),
-    ("rl", {"sampler": "magic"}, "sampler is 'magic': 'auto', 'vllm' or 'transformers'"),
+    ("rl", {"sampler": "magic"}, "sampler is 'magic': one of auto, vllm, server, transformers"),
     ("rl", {"max_steps": -1}, "max_steps is missing: the number of optimizer steps"),
     ("rl", {"temperature": 0}, "temperature is 0"),
     ("sft", "a: [1", "config.yaml: not valid YAML: while parsing a flow sequence"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from plain import noise_image
+from trainer_cases import SampleOnly
 
 from internvl.chat import load_processor, render_prompt
 from internvl.data import (
@@ -169,10 +170,8 @@ def test_an_image_that_pillow_stumbles_over(folder: Path) -> None:
 # ---------------------------------------------------------------- one prompt for all
 
 
-class Remembering:
+class Remembering(SampleOnly):
     """A sampler that keeps what it was asked."""
-
-    name = "remembering"
 
     def __init__(self) -> None:
         self.asked: list[SampleRequest] = []
@@ -180,12 +179,8 @@ class Remembering:
     def sample(
         self, requests: Sequence[SampleRequest], config: SamplingConfig, progress: bool = False
     ) -> list[list[Completion]]:
-        self.asked += requests
+        self.asked = [*requests, *self.asked]  # it is asked from the last to the first
         return [[Completion("3", (1,), (-0.5,), "stop")] * config.n for _ in requests]
-
-    def update_weights(self, named_parameters: Any) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def make_rollouts(row: Any, questions: int) -> list[SampleRequest]:

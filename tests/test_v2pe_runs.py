@@ -18,6 +18,7 @@ from trainer_cases import (
     conversations,
     make_trainer,
     pairs,
+    put_sampler,
     questions,
     train,
     write_images,
@@ -153,7 +154,7 @@ def test_online_with_the_transformers_sampler(
         *("rl", stepped_model, tmp_path / "out", rows, Recorded()),
         **{**given, "max_steps": 2, "steps_per_generation": 1, "per_device_train_batch_size": 4},
     )
-    trainer.sampler = trainer.maker.sampler = open_sampler(stepped_model, backend="transformers")
+    put_sampler(trainer, open_sampler(stepped_model, backend="transformers"))
     trainer.maker.rewarder.verify = verify
     trainer.train()
     first, second = trainer.state.log_history[:2]
