@@ -67,7 +67,7 @@ class RLTrainer(PackedTrainer):
     judges them; by default this process's pool does, with the judge that the options name.
     """
 
-    progress_metrics = ("reward", "rewards/accuracy/mean", "sampling/logprob_gap_max")
+    progress_metrics = ("reward", "rewards/accuracy/mean", "sampling/logprob_gap_max", "pass@1")
     completion_value_names = ("advantages",)
 
     def __init__(

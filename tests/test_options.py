@@ -128,6 +128,9 @@ def test_held_out_rows_that_nothing_would_look_at_are_refused() -> None:
         check_eval_file(args, "held.jsonl")
     args, _ = parse("mpo", eval_file="held.jsonl", eval_strategy="epoch")
     check_eval_file(args, "held.jsonl")
+    with pytest.raises(UserError, match="asks for evaluations: give an eval_file"):
+        check_eval_file(args, None)
+    args, _ = parse("mpo")
     check_eval_file(args, None)
 
 

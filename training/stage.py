@@ -104,9 +104,12 @@ def check_files(*files: str | None) -> None:
 
 
 def check_eval_file(args: PackedTrainingArguments, file: str | None) -> None:
-    """Raise `UserError` for held-out rows that nothing would ever look at."""
-    if file is not None and args.eval_strategy == "no" and not args.eval_on_start:
+    """Raise `UserError` for held-out rows that nothing would look at, or that are not there."""
+    evaluates = args.eval_strategy != "no" or args.eval_on_start
+    if file is not None and not evaluates:
         raise UserError('eval_file is given, but eval_strategy is "no": give "steps" or "epoch"')
+    if file is None and evaluates:
+        raise UserError("eval_strategy (or eval_on_start) asks for evaluations: give an eval_file")
 
 
 def open_stage(model_args: ModelArguments, args: PackedTrainingArguments) -> Stage:
