@@ -19,13 +19,13 @@ rest on the device.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from internvl.control_tokens import control_pattern, refuse_control_tokens
 from internvl.data import IMAGE_PLACEHOLDER
 from internvl.errors import DataError, UserError
 from internvl.folders import require_hf_layout
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 
 Message = Mapping[str, Any]
-# InternVL's own special tokens that text may hold: a grounding answer's references and boxes
-_CONTENT_TOKENS = {"<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"}
 
 
 @dataclass
@@ -125,47 +123,11 @@ def _end_of_turn(processor: Any, template: str) -> int:
     tokenizer, reply = processor.tokenizer, "A reply."
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": reply}]
     after = str(processor.apply_chat_template(turns, tokenize=False)).rpartition(reply)[2]
-    if found := _control_pattern(tokenizer).match(after):
+    if found := control_pattern(tokenizer).match(after):
         return int(tokenizer.convert_tokens_to_ids(found[0]))
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token, so no completion could ever end")
     return int(tokenizer.eos_token_id)
-
-
-# ---------------------------------------------------------------- control tokens
-
-
-@lru_cache(maxsize=8)
-def _control_tokens(tokenizer: Any) -> dict[str, int]:
-    """The special tokens of a tokenizer, without those that text may hold."""
-    return {
-        token.content: number
-        for number, token in tokenizer.added_tokens_decoder.items()
-        if token.special and token.content not in _CONTENT_TOKENS
-    }
-
-
-@lru_cache(maxsize=8)
-def _control_pattern(tokenizer: Any) -> re.Pattern[str]:
-    longest_first = sorted(_control_tokens(tokenizer), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def refuse_control_tokens(processor: InternVLProcessor, text: str, name: str) -> None:
-    """Raise `DataError` where `text`, the field `name`, spells a control token.
-
-    It would be one: a user could end their own turn, a completion could open an image.
-    """
-    if found := _control_pattern(processor.tokenizer).search(text):
-        near = text[max(0, found.start() - 20) : found.end() + 20]
-        raise DataError(f"{name} holds the control token {found[0]!r}: {near!r}")
-
-
-def decode_completion(processor: InternVLProcessor, ids: Sequence[int]) -> str:
-    """A completion's text: control tokens left out, `<ref>` and `<box>` kept."""
-    tokenizer: Any = processor.tokenizer
-    control = set(_control_tokens(tokenizer).values())
-    return str(tokenizer.decode([i for i in ids if i not in control], skip_special_tokens=False))
 
 
 # ---------------------------------------------------------------- messages to text

@@ -16,10 +16,10 @@ from internvl.chat import (
     encode_prompt,
     encode_reply,
     prompt_messages,
-    refuse_control_tokens,
     render_prompt,
     tile_settings,
 )
+from internvl.control_tokens import refuse_control_tokens
 from internvl.data import Kind, Row
 from internvl.data.rows import Sizes, look_at_images
 from internvl.errors import DataError

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from internvl.chat import (
     Prompt,
-    decode_completion,
     encode_prompt,
     eos_token_id,
     forbidden_token_ids,
@@ -26,6 +25,7 @@ from internvl.chat import (
     normalize_tiles,
 )
 from internvl.checkpoint import DTYPES, matching, refuse_unmatched
+from internvl.control_tokens import decode_completion
 from internvl.errors import DataError, UserError
 from internvl.packing import position_tensor
 from internvl.positions import checkpoint_step, token_positions

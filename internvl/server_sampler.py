@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl.chat import (
-    decode_completion,
     encode_text,
     eos_token_id,
     expand_images,
@@ -40,6 +39,7 @@ from internvl.chat import (
     render_prompt,
     tile_settings,
 )
+from internvl.control_tokens import decode_completion
 from internvl.data import IMAGE_PLACEHOLDER
 from internvl.errors import DataError, UserError
 from internvl.folders import require_hf_layout

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl.chat import (
-    decode_completion,
     encode_text,
     eos_token_id,
     forbidden_token_ids,
@@ -33,6 +32,7 @@ from internvl.chat import (
     tile_settings,
 )
 from internvl.checkpoint import matching
+from internvl.control_tokens import decode_completion
 from internvl.errors import DataError, UserError
 from internvl.sampler import (
     Answer,

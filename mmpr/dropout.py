@@ -198,7 +198,8 @@ class Starter:
 
     def _reply_ids(self, row: Row, question: str) -> list[int]:
         """The reply's tokens as they were sampled, or (by another tokenizer, edited) made anew."""
-        from internvl.chat import encode_reply, eos_token_id, refuse_control_tokens, render_prompt
+        from internvl.chat import encode_reply, eos_token_id, render_prompt
+        from internvl.control_tokens import refuse_control_tokens
 
         text, ids = row.data["completion"], list(row.data.get("token_ids") or [])
         if ids and ids[-1] == eos_token_id(self._processor):
@@ -211,7 +212,7 @@ class Starter:
 
     def rejected(self, asked: Asked, completion: Completion) -> str:
         """The started reply with its continuation; in one piece, since tokens may join spaces."""
-        from internvl.chat import decode_completion
+        from internvl.control_tokens import decode_completion
 
         started: Sequence[int] = asked.request.started
         return decode_completion(self._processor, [*started, *completion.token_ids])

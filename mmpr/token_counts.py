@@ -79,7 +79,8 @@ class TokenCounter:
         return len(encoded.ids), opening
 
     def _reply(self, opening: str, text: str, name: str) -> int:
-        from internvl.chat import encode_reply, refuse_control_tokens
+        from internvl.chat import encode_reply
+        from internvl.control_tokens import refuse_control_tokens
 
         refuse_control_tokens(self._processor, text, name)
         return len(encode_reply(self._processor, opening, text))

@@ -14,7 +14,6 @@ from published import FAMILIES, make_published
 
 from internvl.chat import (
     cut_tiles,
-    decode_completion,
     encode_messages,
     encode_prompt,
     eos_token_id,
@@ -23,6 +22,7 @@ from internvl.chat import (
     normalize_tiles,
     render_prompt,
 )
+from internvl.control_tokens import decode_completion
 from internvl.conversion.processors import make_processor
 from internvl.data import Kind, Row
 from internvl.encoding import Encoder

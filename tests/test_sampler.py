@@ -18,13 +18,13 @@ from torch import Tensor
 
 from cascade.world import make_chart
 from internvl.chat import (
-    decode_completion,
     encode_prompt,
     eos_token_id,
     forbidden_token_ids,
     load_processor,
     normalize_tiles,
 )
+from internvl.control_tokens import decode_completion
 from internvl.errors import DataError, UserError
 from internvl.hf_sampler import TransformersSampler
 from internvl.sampler import (

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cascade.world import make_chart
-from internvl.chat import decode_completion, eos_token_id, load_processor
+from internvl.chat import eos_token_id, load_processor
+from internvl.control_tokens import decode_completion
 from internvl.errors import DataError, UserError
 from internvl.sampler import Sampler, SampleRequest, SamplingConfig, check_request, open_sampler
 
