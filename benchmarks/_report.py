@@ -107,7 +107,7 @@ def write_mpo(result: Mapping[str, Any]) -> None:
         axes.barh(place, result["ratio_to_ours"][name], color=colour, height=0.6)
         axes.plot(result["flop_ratio_to_ours"][name], place, "|", color=MODEL, ms=16, mew=2)
     axes.set_yticks(range(len(names)), [LABELS[name] for name in reversed(names)])
-    axes.set_xlabel("time of an MPO step, ours = 1 (the mark: what the FLOP model says)")
+    axes.set_xlabel("time of an MPO step, ours = 1\n(mark: what the FLOP model says)")
     _save(figure, "performance_mpo.svg")
     _write("mpo", mpo_text(result))
 
@@ -120,7 +120,7 @@ def write_gspo(result: Mapping[str, Any]) -> None:
         axes.barh(place, result[f"speedup_{name}"], color=OURS, height=0.5)
         axes.plot(result[f"flop_model_{name}"], place, "|", color=MODEL, ms=18, mew=2)
     axes.set_yticks(range(len(names)), [CASES[name] for name in reversed(names)])
-    axes.set_xlabel("TRL's time of a GSPO update / ours (the mark: what the FLOP model says)")
+    axes.set_xlabel("TRL's time of a GSPO update / ours\n(mark: what the FLOP model says)")
     _save(figure, "performance_gspo.svg")
     _write("gspo", gspo_text(result))
 
