@@ -359,7 +359,7 @@ def test_options_that_do_not_go_together(
         "disable_tqdm": True,
     }
     for changes, message in (
-        ({"eval_strategy": "steps"}, "you didn't pass an `eval_dataset`"),
+        ({"eval_strategy": "steps"}, "asks for evaluations: give an eval_file"),
         ({"use_peft": True, "lora_target_modules": ["nothing"]}, "Target modules {'nothing'} not"),
     ):
         ended = command("sft", "--config", write_config(tmp_path, {**base, **changes}))
