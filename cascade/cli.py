@@ -36,14 +36,15 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _world(args: argparse.Namespace) -> None:
     from cascade.tiny import make_tiny_model
-    from cascade.world import WorldSizes, make_world
+    from cascade.world import WorldOptions, WorldSizes, make_world
 
+    options = WorldOptions(**{field.name: vars(args)[field.name] for field in fields(WorldOptions)})
     sizes = {field.name: vars(args)[field.name] for field in fields(WorldSizes)}
     for name, size in sizes.items():
         if size < 0:
             raise UserError(f"--{name} is {size}; give a number of records")
-    make_tiny_model(args.output / "model", seed=args.seed)
-    make_world(args.output, seed=args.seed, sizes=WorldSizes(**sizes))
+    make_tiny_model(args.output / "model", seed=args.seed, options=options)
+    make_world(args.output, seed=args.seed, sizes=WorldSizes(**sizes), options=options)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -137,7 +138,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_world(parser: argparse.ArgumentParser) -> None:
-    from cascade.world import WorldSizes
+    from cascade.world import WorldOptions, WorldSizes
 
     parser.add_argument("output", type=Path, metavar="DIR", help="folder to make")
     parser.add_argument("--seed", type=int, default=0, help="of charts, answers and weights")
@@ -148,6 +149,20 @@ def _add_world(parser: argparse.ArgumentParser) -> None:
             default=field.default,
             metavar="N",
             help="records of this split (default: %(default)s)",
+        )
+    told = {
+        "operands": "bars in a question, 2 to 4",
+        "difference_share": "of the operations; the rest are sums",
+        "careless_share": 'of the answers in "mixed"',
+        "careless_error": "the largest error of a careless answer",
+    }
+    for option in fields(WorldOptions):
+        parser.add_argument(
+            f"--{option.name.replace('_', '-')}",
+            type=type(option.default),
+            default=option.default,
+            metavar="N" if isinstance(option.default, int) else "SHARE",
+            help=f"{told[option.name]} (default: %(default)s)",
         )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cascade.world import example_texts
+from cascade.world import DEFAULT_OPTIONS, WorldOptions, example_texts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -49,18 +49,21 @@ CHAT_TEMPLATE = (
 IMAGE_MEAN, IMAGE_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-def make_tiny_model(out: Path, *, seed: int, image_size: int = 56) -> None:
+def make_tiny_model(
+    out: Path, *, seed: int, image_size: int = 56, options: WorldOptions = DEFAULT_OPTIONS
+) -> None:
     """Write a random tiny InternVL with its processor to the folder `out`, the same per seed.
 
     image_size: side of a tile in pixels, a multiple of 28 (patch 14, pixel shuffle by 2); a tile
-    is (image_size / 28)^2 image tokens. Raises ValueError for another size.
+    is (image_size / 28)^2 image tokens. Raises ValueError for another size. options: of the world
+    that it is for, whose words and numbers are a token each.
     """
     import torch
     from transformers import GenerationConfig, InternVLForConditionalGeneration
 
     if image_size <= 0 or image_size % 28:
         raise ValueError(f"image_size must be a positive multiple of 28, not {image_size}")
-    processor = make_processor(image_size)
+    processor = make_processor(image_size, options)
     config = make_config(processor.tokenizer, image_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -118,7 +121,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast, image_size: int) -> InternVL
     )
 
 
-def make_processor(image_size: int) -> InternVLProcessor:
+def make_processor(image_size: int, options: WorldOptions = DEFAULT_OPTIONS) -> InternVLProcessor:
     """Return an InternVLProcessor (1 to 12 tiles of image_size pixels) with a tiny tokenizer."""
     from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
 
@@ -131,7 +134,7 @@ def make_processor(image_size: int) -> InternVLProcessor:
         image_processor=GotOcr2ImageProcessor(
             crop_to_patches=True, min_patches=1, max_patches=12, **pixels
         ),
-        tokenizer=make_tokenizer(example_texts()),
+        tokenizer=make_tokenizer(example_texts(options)),
         video_processor=InternVLVideoProcessor(**pixels),
         image_seq_length=(image_size // 28) ** 2,
         chat_template=CHAT_TEMPLATE,

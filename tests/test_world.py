@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from cascade.world import (
     WIDE_PLACES,
     WIDE_SHARE,
     Chart,
+    WorldOptions,
     WorldSizes,
     careful_text,
     careless_text,
@@ -41,6 +43,7 @@ from internvl.chat import (
     normalize_tiles,
 )
 from internvl.data import Quarantine, check_images, read_rows
+from internvl.errors import UserError
 from internvl.sampler import SampleRequest
 from rewards import verify
 
@@ -128,6 +131,77 @@ def test_mixed_answers_are_careless_as_often_as_said() -> None:
     assert set(errors) == set(range(-CARELESS_ERROR, CARELESS_ERROR + 1))
 
 
+def test_a_question_may_go_on_to_more_bars() -> None:
+    more = (("sum", "green"), ("difference", "yellow"))
+    heights = {"blue": 2, "red": 7, "yellow": 4, "green": 9}
+    chart = Chart(heights, "difference", "blue", "red", more=more)
+    assert question_text("difference", "blue", "red", more) == (
+        "What is the blue bar minus the red bar plus the green bar minus the yellow bar?"
+    )
+    assert careful_text(chart) == (
+        "I read blue 2, red 7, green 9 and yellow 4. "
+        "2 - 7 = -5. -5 + 9 = 4. 4 - 4 = 0. Final Answer: 0"
+    )
+    options = WorldOptions(operands=4, careless_error=5)
+    tokenizer = make_tokenizer(example_texts(options))
+    signs = []
+    for index in range(200):
+        chart, image, record = make_chart(0, "rl", index, options)
+        bars = list(chart.heights.values())
+        assert [height for _, _, height in read_bars(image).values()] == bars
+        total = chart.heights[chart.first]
+        for how, colour in chart.asked:
+            total += chart.heights[colour] if how == "sum" else -chart.heights[colour]
+            signs.append(how)
+        assert record["answer"] == str(total) and len(chart.asked) == 3
+        assert verify(record["solution"], record["answer"], matcher="number").outcome == "correct"
+        question = record["question"].removeprefix("<image>\n")
+        for text in (question, record["solution"], careless_text(total - 5)):
+            words = re.sub(r"[,.:?]", r" \g<0>", text).split()
+            assert len(tokenizer(text)["input_ids"]) == len(words)
+    assert abs(signs.count("sum") - 300) < 50  # 4 standard deviations
+
+
+def test_the_options_are_honoured() -> None:
+    options = WorldOptions(difference_share=1.0, careless_share=1.0, careless_error=8)
+    errors = set()
+    for index in range(300):
+        chart, _, record = make_chart(0, "mixed", index, options)
+        assert chart.operation == "difference"
+        completion = record["conversations"][1]["value"]
+        value = int(completion.rpartition(" ")[2])
+        assert completion == careless_text(value)
+        errors.add(value - chart.result)
+    assert errors == set(range(-8, 9))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"operands": 5}, "operands is 5; a question has 2 to 4"),
+        ({"operands": 1}, "operands is 1; a question has 2 to 4"),
+        ({"difference_share": 1.5}, "difference_share is 1.5; a share lies in [0, 1]"),
+        ({"careless_share": -0.1}, "careless_share is -0.1; a share lies in [0, 1]"),
+        ({"careless_error": -1}, "careless_error is -1; it must be at least 0"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        WorldOptions(**options)
+    assert str(error.value) == said
+
+
+def test_todays_world_is_the_same_to_the_byte() -> None:
+    """Recipes and published numbers stand on it; new options must leave it as it is."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for index in range(20):
+            _, image, record = make_chart(3, split, index)
+            digest.update(image.tobytes() + json.dumps(record).encode())
+    digest.update("".join(example_texts()).encode())
+    assert digest.hexdigest() == "83c9b9a90493b317bca2e77c2e0d46870b83ff6f9485fa6d24afe6f8cb5a4159"
+
+
 def test_splits_share_no_image(tiny_world: Path) -> None:
     seen: dict[bytes, Path] = {}
     for path in sorted((tiny_world / "images").rglob("*.png")):
@@ -186,6 +260,13 @@ def test_a_finished_world_is_left_alone_and_a_broken_off_one_is_made_again(tmp_p
     (tmp_path / "rl.jsonl").unlink()
     make_world(tmp_path, seed=6, sizes=SMALL)  # an older world is not taken for today's
     assert contents(tmp_path) == after
+    del marker["options"]  # of a time when there were none: it is today's default
+    (tmp_path / "world.json").write_text(json.dumps(marker))
+    (tmp_path / "rl.jsonl").unlink()
+    make_world(tmp_path, seed=6, sizes=SMALL)
+    assert not (tmp_path / "rl.jsonl").exists()
+    make_world(tmp_path, seed=6, sizes=SMALL, options=WorldOptions(operands=3))
+    assert contents(tmp_path) != after
 
 
 def test_every_word_and_number_of_the_world_is_one_token() -> None:
