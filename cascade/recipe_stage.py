@@ -1,0 +1,308 @@
+"""One stage of a recipe: what it is, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cascade.recipe_reading import Entries
+from internvl.errors import UserError
+
+TRAINING = ("sft", "mpo", "rl")
+KINDS = ("world", "convert", "merge", *TRAINING, "pairs", "select", "evaluate")
+MODELS = ("convert", "merge", *TRAINING)  # kinds whose result is a model
+VERDICTS = ("pairs", "select")  # kinds that sample and verify, or take another's verdicts
+SECTIONS = {
+    "pairs": ("sample", "verify", "pair", "dropout", "check"),
+    "select": ("sample", "verify"),
+}
+# options of the training stages that are paths (they start from the recipe's folder); the
+# commands' are those below. A test compares both with what the parsers say
+TRAINING_PATHS = frozenset(
+    (
+        *("train_file", "eval_file", "image_root", "quarantine_file", "reference_cache_dir"),
+        *("server_weights_dir", "deepspeed", "fsdp_config", "accelerator_config"),
+    )
+)
+COMMAND_PATHS = frozenset(("image-root", "datasets", "judge-cache", "base"))
+# what a run says itself, and where it is said in the recipe
+_SAID = {
+    "model_name_or_path": "model",
+    "output_dir": "output, at the top",
+    "output": "output, at the top",
+    "meta": "nothing: the pairs' meta.json lies beside them",
+    "quarantine": "nothing: bad rows are put aside beside the output",
+    "format": "nothing: a run trains on MMPR's format (`mmpr export` writes others)",
+    "embed-images": "nothing: a run trains on MMPR's format (`mmpr export` writes others)",
+    "fix": "nothing: a run changes no data (`mmpr check --fix` does)",
+    "backend": "backend, at the top",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A path of a recipe.
+
+    path: from the folder of stage `stage` (an earlier one), or as it is where that is None.
+    adapter: the LoRA adapter of that stage, and not the whole weights that were made of it.
+    """
+
+    path: Path
+    stage: str | None = None
+    adapter: bool = False
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How far a held-out metric may fall before a run stops.
+
+    metric: a number of metrics.json. max_drop: the largest loss that is borne. against: the
+    evaluated stage that is compared with.
+    """
+
+    metric: str
+    max_drop: float
+    against: str
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of a recipe.
+
+    options: of its own command, the recipe's `common` under them; paths among them are `Place`s.
+    sections: a command's options by name, for pairs and select; None where it is not run. data:
+    the stage whose result it trains on, or whose verdicts it takes. evaluate: options of its
+    evaluation, or None. optional: only run where it is asked for.
+    """
+
+    name: str
+    kind: str
+    options: Mapping[str, Any]
+    sections: Mapping[str, Mapping[str, Any] | None]
+    model: Place | None = None
+    questions: tuple[Place, ...] = ()
+    data: str | None = None
+    evaluate: Mapping[str, Any] | None = None
+    evaluate_questions: tuple[Place, ...] = ()
+    gate: Gate | None = None
+    launch: Mapping[str, Any] | None = None
+    optional: bool = False
+
+    @property
+    def lora(self) -> bool:
+        """Whether its result is an adapter."""
+        return self.kind in TRAINING and self.options.get("use_peft") is True
+
+
+def is_evaluated(spec: StageSpec) -> bool:
+    """Whether a run leaves eval/<name> of this stage."""
+    return spec.kind == "evaluate" or spec.evaluate is not None
+
+
+class StageReading:
+    """The reading of one stage; earlier: the stages before it."""
+
+    def __init__(self, top: Entries, name: str, own: Entries, earlier: Mapping[str, StageSpec]):
+        self.top, self.name, self.own, self.earlier = top, name, own, earlier
+        self.names = [*top.mapping("stages")]
+        if not own.has("kind"):
+            raise UserError(f"{own.file}: {own.where}: kind is missing, one of {', '.join(KINDS)}")
+        self.kind = own.one_of("kind", own.take("kind", None), KINDS)
+
+    def spec(self) -> StageSpec:
+        own, kind = self.own, self.kind
+        optional = own.take("optional", False)
+        if type(optional) is not bool:
+            raise own.fault("optional", optional, "give true or false")
+        launch = self._launch()
+        data = self._data()
+        model = self._model(data)
+        questions = self._questions(own, data)
+        sections = {name: self._section(name) for name in SECTIONS.get(kind, ())}
+        evaluate, held_out = self._evaluate()
+        gate = self._gate(model, evaluate is not None)
+        if kind == "pairs":
+            self._check_pairs(sections, data)
+        return StageSpec(
+            name=self.name, kind=kind, options=self._options(), sections=sections, model=model,
+            questions=questions, data=data, evaluate=evaluate, evaluate_questions=held_out,
+            gate=gate, launch=launch, optional=optional,
+        )  # fmt: skip
+
+    def _launch(self) -> dict[str, Any] | None:
+        if self.kind not in TRAINING:
+            return None
+        given = {**self.top.mapping("launch"), **self.own.take_mapping("launch")}
+        return {
+            key: self.place(f"launch.{key}", value, self.own) if key == "config_file" else value
+            for key, value in given.items()
+        }
+
+    def _data(self) -> str | None:
+        """The stage that `data` names: one that makes what this kind reads."""
+        wanted = {"mpo": ("pairs",), "rl": ("select",), "pairs": VERDICTS, "select": VERDICTS}
+        if not self.own.has("data"):
+            return None
+        if self.kind not in wanted:
+            raise self.own.fault("data", self.own.get("data", None), f"{self.kind} takes no data")
+        value = self.own.take("data", None)
+        fit = [name for name, spec in self.earlier.items() if spec.kind in wanted[self.kind]]
+        kinds = " or ".join(wanted[self.kind])
+        if self.kind in TRAINING and self.own.has("train_file"):
+            raise self.own.fault("data", value, "train_file is given, too; give one of the two")
+        return self.own.one_of("data", value, fit, f"it is an earlier stage of kind {kinds}")
+
+    def _model(self, data: str | None) -> Place | None:
+        own, kind = self.own, self.kind
+        if kind == "world" or (kind in VERDICTS and data is not None):
+            if own.has("model"):
+                reason = "data" if data else "a world makes its own"
+                raise own.fault("model", own.get("model", None), f"{reason} is given, leave it out")
+            return None
+        key = "source" if kind == "convert" else "model"
+        if not own.has(key):
+            raise UserError(f"{own.file}: {own.where}: {key} is missing: a stage or a folder")
+        place = self.place(key, own.take(key, None), own, adapter=True)
+        if place.stage is not None and place.path == Path():
+            made = [name for name, spec in self.earlier.items() if spec.kind in MODELS]
+            own.one_of(key, place.stage, made, "it is a stage that makes a model")
+        if kind == "merge" and place.stage is not None and not place.adapter:
+            raise own.fault(key, place.stage, "its whole weights are made already; leave this out")
+        return place
+
+    def _questions(self, own: Entries, data: str | None) -> tuple[Place, ...]:
+        if self.kind not in (*VERDICTS, "evaluate"):
+            return ()
+        given = own.take("questions", None)
+        if data is not None:
+            if given is not None:
+                raise own.fault("questions", given, "data is given, too; give one of the two")
+            return ()
+        if given is None and self.kind == "evaluate":
+            given = self.top.mapping("evaluate").get("questions")
+        if given is None:
+            raise UserError(f"{own.file}: {own.where}: questions is missing: a file of questions")
+        places = self._places("questions", given, own)
+        if len(places) > 1 and self.kind != "evaluate":
+            raise own.fault("questions", given, "give one file (a meta.json may name several)")
+        return places
+
+    def _places(self, key: str, given: object, own: Entries) -> tuple[Place, ...]:
+        items = given if isinstance(given, list) else [given]
+        return tuple(self.place(key, item, own) for item in items)
+
+    def _section(self, name: str) -> dict[str, Any] | None:
+        """A command's options under the recipe's own for all of its kind; None: not run."""
+        shared = self.top.mapping(name) if name in ("sample", "verify") else {}
+        given = self.own.take(name, False if name in ("dropout", "check") else {})
+        if given is False:
+            return None
+        section = self.own.below(f"{self.own.where}.{name}", given)
+        return self._command_options({**dashed(shared), **dashed(section.entries)}, section)
+
+    def _check_pairs(self, sections: Mapping[str, Any], data: str | None) -> None:
+        own = self.own
+        if sections["pair"] is None and sections["dropout"] is None:
+            raise UserError(f"{own.file}: {own.where}: pair and dropout are both off: no pairs")
+        if sections["sample"] is None:
+            raise own.fault("sample", False, "data: STAGE takes the rollouts of another stage")
+        if sections["verify"] is None and sections["pair"] is not None and data is None:
+            raise own.fault("verify", False, "pair reads verdicts; set pair: false, too")
+
+    def _evaluate(self) -> tuple[dict[str, Any] | None, tuple[Place, ...]]:
+        """The options of the stage's evaluation and the files of its questions."""
+        own, top = self.own, self.top
+        if self.kind not in MODELS:
+            if self.kind != "evaluate" and own.has("evaluate"):
+                raise own.fault("evaluate", own.get("evaluate", None), "it makes no model")
+            return None, ()
+        given = own.take("evaluate", top.has("evaluate") and self.kind in TRAINING)
+        if given is False:
+            return None, ()
+        own_options = {} if given is True else own.below(f"{own.where}.evaluate", given).entries
+        options = {**dashed(top.mapping("evaluate")), **dashed(own_options)}
+        at = own.below(f"{own.where}.evaluate", options)
+        questions = at.take("questions", None)
+        if questions is None:
+            raise UserError(f"{own.file}: {at.where}: questions is missing: the held-out questions")
+        places = self._places("questions", questions, at)
+        return self._command_options(at.entries, at), places
+
+    def _gate(self, model: Place | None, evaluated: bool) -> Gate | None:
+        own, top = self.own, self.top
+        given = own.take("gate", None)
+        if given is False or not (given or top.has("gate")):
+            return None
+        if given is not None and not evaluated:
+            raise own.fault("gate", given, "the stage is not evaluated")
+        if self.kind not in TRAINING or top.get("gate", None) is False:
+            return None
+        at = own.below(f"{own.where}.gate", {**top.mapping("gate"), **(given or {})})
+        at.only(("metric", "max_drop", "against"))
+        before = [name for name, spec in self.earlier.items() if is_evaluated(spec)]
+        against = at.get("against", model.stage if model is not None else None)
+        if given is None and (against not in before or not evaluated):
+            return None  # the recipe's gate is for those that can be compared
+        if against not in before:
+            raise own.fault("gate", given, "the model that it starts from is not evaluated: give "
+                            "that stage evaluate: true, or the gate against: STAGE")  # fmt: skip
+        drop = at.number("max_drop", at.get("max_drop", 0.02))
+        return Gate(str(at.get("metric", "sampled")), drop, str(against))
+
+    def _options(self) -> dict[str, Any]:
+        """What is left of the stage's keys: options of its command."""
+        if self.kind not in TRAINING:
+            options = dashed(self.own.entries)
+            if self.kind == "evaluate":
+                shared = dashed(self.top.mapping("evaluate"))
+                shared.pop("questions", None)
+                options = {**shared, **options}
+            return self._command_options(options, self.own)
+        common = self.top.mapping("common")
+        options = {str(k).replace("-", "_"): v for k, v in {**common, **self.own.entries}.items()}
+        self._refuse_said(options, self.own)
+        return {
+            key: self._path_value(key, value, self.own) if key in TRAINING_PATHS else value
+            for key, value in options.items()
+        }
+
+    def _command_options(self, options: Mapping[str, Any], at: Entries) -> dict[str, Any]:
+        self._refuse_said(options, at)
+        return {
+            key: self.place(key, value, at) if key in COMMAND_PATHS else value
+            for key, value in options.items()
+        }
+
+    def _refuse_said(self, options: Mapping[str, Any], at: Entries) -> None:
+        for key, instead in _SAID.items():
+            if key in options:
+                raise at.fault(key, options[key], f"a run says it itself, by {instead}")
+
+    def _path_value(self, key: str, value: object, at: Entries) -> object:
+        if isinstance(value, str):
+            return self.place(key, value, at)
+        if isinstance(value, list):
+            return [self._path_value(key, item, at) for item in value]
+        return value  # a mapping, or what the command's own parser will refuse
+
+    def place(self, key: str, value: object, at: Entries, *, adapter: bool = False) -> Place:
+        """A path of the recipe; `adapter`: NAME.adapter is understood."""
+        if not isinstance(value, str) or not value:
+            raise at.fault(key, value, "give a path, or the name of an earlier stage")
+        first, _, rest = value.partition("/")
+        name = first.removesuffix(".adapter") if adapter and not rest else first
+        if name in self.earlier:
+            is_adapter = name != first
+            if is_adapter and not self.earlier[name].lora:
+                raise at.fault(key, value, f"stage {name} trains no adapter (use_peft)")
+            return Place(Path(rest), name, is_adapter)
+        if name in self.names:
+            raise at.fault(key, value, f"stage {name} does not come before {self.name}")
+        return Place(at.file.parent / Path(value).expanduser())
+
+
+def dashed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of our commands, which are written with dashes."""
+    return {str(key).replace("_", "-"): value for key, value in options.items()}
