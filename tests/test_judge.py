@@ -29,9 +29,9 @@ from judge_server import (
 )
 
 from rewards import Outcome, VerifierPool
-from rewards.judge import JudgeCache
+from rewards.endpoint import ReplyCache
+from rewards.endpoint.client import MAX_CHARACTERS
 from rewards.judge.judge import (
-    MAX_CHARACTERS,
     Judge,
     Judgement,
     JudgeQuestion,
@@ -158,7 +158,13 @@ FAILED: list[tuple[str, list[Answer], dict[str, Any], Judgement, int]] = [
         1,
     ),
     ("broken", [breaks, RIGHT], {}, Judgement(True), 2),
-    ("error-breaks", [breaks_in_an_error], {}, Judgement(None, "judge: the connection broke"), 1),
+    (
+        "error-breaks",
+        [breaks_in_an_error],
+        {"max_retries": 0},
+        Judgement(None, "judge: the connection broke"),
+        1,
+    ),
     ("dropped", [drops], {"max_retries": 0}, Judgement(None, "judge: no connection"), 1),
     ("dropped-then-well", [drops, RIGHT], {"max_retries": 1}, Judgement(True), 2),
     ("slow", [says("", after=0.6)], BRIEF, Judgement(None, "judge: timed out"), 1),
@@ -269,11 +275,11 @@ def test_what_is_kept(server: Server, make: MakeJudge, tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from rewards.judge import JudgeCache
-cache = JudgeCache(Path(sys.argv[1]))
+from rewards.endpoint import ReplyCache
+cache = ReplyCache(Path(sys.argv[1]))
 for number in range(60):
-    cache.put(f"{sys.argv[2]}-{number}", number % 2 == 0)
-    cache.put(f"both-{number}", number % 3 == 0)
+    cache.put(f"{sys.argv[2]}-{number}", str(number))
+    cache.put(f"both-{number}", str(number))
 """
 
 
@@ -285,9 +291,9 @@ def test_processes_share_the_file(tmp_path: Path) -> None:
         _, said = writer.communicate(timeout=60)
         assert writer.returncode == 0, said.decode()
     names = [f"{name}-{number}" for name in ("a", "b", "both") for number in range(60)]
-    found = JudgeCache(cache).get([*names, "c-0"])
+    found = ReplyCache(cache).get([*names, "c-0"])
     assert len(found) == 180
-    assert found["a-3"] is False and found["b-4"] is True and found["both-3"] is True
+    assert (found["a-3"], found["b-4"], found["both-3"]) == ("3", "4", "3")
 
 
 def test_a_file_that_is_no_cache(server: Server, make: MakeJudge, tmp_path: Path) -> None:
@@ -302,7 +308,7 @@ def test_a_file_that_is_no_cache(server: Server, make: MakeJudge, tmp_path: Path
             make(cache=path)
     judge = make(cache=tmp_path / "kept.sqlite")
     with sqlite3.connect(tmp_path / "kept.sqlite") as database:
-        database.execute("DROP TABLE judgements")
+        database.execute("DROP TABLE replies")
     database.close()
     with pytest.raises(ValueError, match=r"kept\.sqlite: no such table"):
         judge.ask([QUESTION])

@@ -18,7 +18,7 @@ from mmpr.recipe import Recipe, read_recipe
 from mmpr.resumable import naming_the_file
 from mmpr.verify import VerifyReport
 from rewards import load_table
-from rewards.judge import JudgeCacheError
+from rewards.endpoint import ReplyCacheError
 from rewards.judging_options import make_verifier
 
 _COMMANDS = {
@@ -174,7 +174,7 @@ class _Build:
         with told_to_the_user():
             verifier = make_verifier(args)
         with (
-            told_to_the_user(JudgeCacheError),
+            told_to_the_user(ReplyCacheError),
             verifier,
             FollowingVerifier(
                 *(self.rollouts, self.verdicts),

@@ -17,7 +17,7 @@ from mmpr.commands.shared import (
     told_to_the_user,
 )
 from mmpr.verify import VerifyReport, verify_rows
-from rewards.judge import JudgeCacheError
+from rewards.endpoint import ReplyCacheError
 from rewards.judging_options import add_judging, make_verifier
 
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     rows = read_rows(args.rollouts, kind="rollout", quarantine=quarantine)
     bad_before = quarantine.count
     report = VerifyReport()
-    with verifier, told_to_the_user(JudgeCacheError):
+    with verifier, told_to_the_user(ReplyCacheError):
         verdicts = verify_rows(rows, report, quarantine, verifier)
         bar = tqdm(verdicts, total=len(rows), desc="verifying", unit="rollout", delay=1)
         write_jsonl(args.output, bar)
