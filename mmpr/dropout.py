@@ -31,20 +31,13 @@ from internvl.data import (
     write_json,
 )
 from internvl.data.records import VIDEO_PLACEHOLDER
+from internvl.data.resumable import check_same_run, meta_path, naming_the_file, whole_lines
 from internvl.errors import DataError, UserError
+from internvl.hashing import stable_hash
 from mmpr.cutting import cut_reply
 from mmpr.groups import OUTCOMES
-from mmpr.hashing import stable_hash
 from mmpr.pairs import OF_THE_PROMPT
-from mmpr.resumable import (
-    Asked,
-    check_same_run,
-    meta_path,
-    naming_the_file,
-    recover,
-    sample_good,
-    whole_lines,
-)
+from mmpr.resumable import Asked, recover, sample_good
 
 if TYPE_CHECKING:
     from transformers import InternVLProcessor

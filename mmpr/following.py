@@ -20,8 +20,8 @@ from types import TracebackType
 from typing import Any
 
 from internvl.data import Quarantine, Row, append_jsonl, dump_line
+from internvl.data.resumable import naming_the_file, whole_lines
 from internvl.errors import UserError
-from mmpr.resumable import naming_the_file, whole_lines
 from mmpr.verify import VerifyReport, as_asked, verify_rows
 from rewards.judging import Verifier
 

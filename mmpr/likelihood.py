@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl.data import Quarantine, Row, append_jsonl, dump_line, write_json
+from internvl.data.resumable import check_same_run, meta_path, naming_the_file
 from internvl.errors import DataError
-from mmpr.resumable import check_same_run, meta_path, naming_the_file, recover
+from mmpr.resumable import recover
 
 if TYPE_CHECKING:
     from internvl.scoring import PairScorer

@@ -28,8 +28,8 @@ from heapq import heapify, heappop, heappush
 from typing import Any
 
 from internvl.errors import UserError
+from internvl.hashing import stable_hash
 from mmpr.groups import JUDGED, golds
-from mmpr.hashing import stable_hash
 
 LENGTH_RATIOS = (
     "below 0.5", "0.5-0.67", "0.67-0.8", "0.8-1", "1-1.25", "1.25-1.5", "1.5-2", "2 and more",

@@ -2,79 +2,23 @@
 
 The file alone says how far a run came: a question is done when its n completions are there.
 Whatever a kill left behind it (a torn line, some completions of a question) is cut off and made
-again. Beside the file, `<output>.meta.json` says what it depends on; a run with another model or
-setting is refused.
+again. What the file depends on is kept beside it: `internvl.data.resumable`.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internvl.data import Quarantine, Row
-from internvl.errors import DataError, UserError
+from internvl.data.resumable import whole_lines
+from internvl.errors import DataError
 
 if TYPE_CHECKING:
     from internvl.sampler import Completion, Sampler, SampleRequest, SamplingConfig
-
-
-def meta_path(output: Path) -> Path:
-    """Where the description of a file of completions lies."""
-    return output.with_name(output.name + ".meta.json")
-
-
-def check_same_run(output: Path, wanted: dict[str, Any]) -> str:
-    """The model name to write into records; raises UserError when `output` is of another run.
-
-    A model is compared by its fingerprint, not by its path; the name first given stays.
-    """
-    path = meta_path(output)
-    if not path.exists():
-        if output.exists() and output.stat().st_size:
-            raise UserError(
-                f"{output} exists without {path.name}: it is not known what made it. "
-                "Give another --output."
-            )
-        return str(wanted["model"])
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from None
-    changed = [
-        f"{key} was {found.get(key)!r}, now {value!r}"
-        for key, value in wanted.items()
-        if key != "model" and found.get(key) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{output} was made by another run ({'; '.join(changed)}). "
-            "Give another --output, or the same options to go on."
-        )
-    return str(found["model"])
-
-
-def whole_lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(line number, end offset, record) of every line; stops before a torn last line."""
-    with path.open("rb") as lines:
-        position = 0
-        torn: str | None = None
-        for number, raw in enumerate(lines, start=1):
-            if torn is not None:
-                raise DataError(f"{path}:{number - 1}: {torn}, and more lines follow")
-            position += len(raw)
-            if not raw.endswith(b"\n"):
-                return
-            try:
-                record = json.loads(raw)
-            except ValueError as error:
-                torn = f"not valid JSON ({error})"
-                continue
-            yield number, position, record
 
 
 def recover(output: Path, n: int, keep: Callable[[dict[str, Any]], Any] = dict) -> dict[str, Any]:
@@ -104,18 +48,6 @@ def recover(output: Path, n: int, keep: Callable[[dict[str, Any]], Any] = dict) 
     if end_of_whole < output.stat().st_size:
         os.truncate(output, end_of_whole)
     return done
-
-
-@contextmanager
-def naming_the_file(path: Path) -> Iterator[None]:
-    """A file that cannot be written (a full disk) as a `UserError` that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or path}: cannot be written: {error.strerror}. What was sampled "
-            "before is kept; make room, and start the same command again to go on"
-        ) from error
 
 
 @dataclass(frozen=True)

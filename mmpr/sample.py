@@ -31,9 +31,10 @@ from internvl.data import (
     portable_record,
     write_json,
 )
+from internvl.data.resumable import check_same_run, meta_path, naming_the_file, whole_lines
 from internvl.errors import DataError, UserError
-from mmpr.hashing import stable_hash
-from mmpr.resumable import check_same_run, meta_path, naming_the_file, recover, whole_lines
+from internvl.hashing import stable_hash
+from mmpr.resumable import recover
 
 if TYPE_CHECKING:
     from internvl.sampler import Completion, SampleRequest, SamplingConfig, StreamSampler

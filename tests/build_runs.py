@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from internvl.errors import DataError
+from internvl.hashing import stable_hash
 from internvl.sampler import Completion
-from mmpr.hashing import stable_hash
 
 SECONDS = 120  # more is a hang
 PRELOAD = ["mmpr.cli", "mmpr.sample", "internvl.sampler", "yaml"]

@@ -6,9 +6,9 @@ from PIL import Image
 
 from internvl.data import Quarantine, read_rows, write_jsonl
 from internvl.errors import DataError, UserError
+from internvl.hashing import stable_hash
 from internvl.sampler import Completion, SamplingConfig
 from mmpr import cli
-from mmpr.hashing import stable_hash
 from mmpr.sample import (
     SampleReport,
     describe_run,

@@ -3,8 +3,7 @@
 import pytest
 
 from internvl.data import Quarantine, read_rows, write_jsonl
-from internvl.sampler import request_of
-from mmpr.prompts import (
+from internvl.prompts import (
     LANGUAGES,
     PROMPT_STYLES,
     PromptedRows,
@@ -14,6 +13,7 @@ from mmpr.prompts import (
     prompt_record,
     question_language,
 )
+from internvl.sampler import request_of
 from rewards import STYLES, extract
 
 ASK = "<image>\nHow many bars are red?"

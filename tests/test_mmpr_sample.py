@@ -22,10 +22,11 @@ from sampling_cases import (
 )
 
 from internvl.data import Quarantine, read_rows, write_jsonl
+from internvl.data.resumable import meta_path
 from internvl.errors import DataError, UserError
+from internvl.hashing import model_fingerprint
 from internvl.sampler import SamplingConfig
-from mmpr.hashing import model_fingerprint
-from mmpr.resumable import meta_path, recover
+from mmpr.resumable import recover
 from mmpr.sample import (
     digest,
     pending_rows,
@@ -346,8 +347,8 @@ def test_model_fingerprint(tmp_path):
 
 
 def test_fingerprint_of_a_large_file_sees_a_small_change(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmpr.hashing._WHOLE_FILE", 100)
-    monkeypatch.setattr("mmpr.hashing._BLOCK_BYTES", 32)
+    monkeypatch.setattr("internvl.hashing._WHOLE_FILE", 100)
+    monkeypatch.setattr("internvl.hashing._BLOCK_BYTES", 32)
     (tmp_path / "config.json").write_text("{}")
     weights = bytearray(os.urandom(5000))
     prints = set()

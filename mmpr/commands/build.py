@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from internvl.data import input_folder, write_json
+from internvl.data.resumable import naming_the_file
 from internvl.errors import UserError
+from internvl.hashing import stable_hash
 from internvl.terminal import Command
 from mmpr.commands import check, dropout, pair, sample, select, verify
 from mmpr.commands.shared import open_quarantine, told_to_the_user
 from mmpr.following import FollowingVerifier
-from mmpr.hashing import stable_hash
 from mmpr.recipe import Recipe, read_recipe
-from mmpr.resumable import naming_the_file
 from mmpr.verify import VerifyReport
 from rewards import load_table
 from rewards.endpoint import ReplyCacheError

@@ -145,10 +145,10 @@ def _make_pairs(
 ) -> list[dict[str, Any]]:
     """Sample what is not sampled yet; returns the pairs."""
     from internvl.chat import load_processor
+    from internvl.data.resumable import check_same_run
+    from internvl.hashing import model_fingerprint
     from internvl.sampler import choose_backend, open_sampler
     from mmpr import dropout
-    from mmpr.hashing import model_fingerprint
-    from mmpr.resumable import check_same_run
 
     fingerprint = model_fingerprint(args.model)
     backend = choose_backend(Path(args.model), args.backend)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from internvl.data import Quarantine, Rows, Selection, input_folder, read_rows
 from internvl.errors import UserError
+from internvl.prompts import LANGUAGES, PROMPT_STYLES, PromptedRows
+from internvl.sampler_options import add_servers, check_sampler_options, open_asked
 from internvl.terminal import Command
 from mmpr.commands.shared import (
     add_common,
@@ -19,15 +21,10 @@ from mmpr.commands.shared import (
     tell_bad,
     tell_image_root,
 )
-from mmpr.prompts import LANGUAGES, PROMPT_STYLES, PromptedRows
 
 if TYPE_CHECKING:
-    from internvl.sampler import SamplingConfig, StreamSampler
+    from internvl.sampler import SamplingConfig
     from mmpr.sample import SampleReport
-
-# options that say how an engine in this process is started, and what they are by default
-_OF_AN_ENGINE = {"backend": "auto", "dtype": "auto", "max_model_len": None}
-_OF_SERVERS = ("concurrency", "server_timeout", "server_patience", "server_model")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,27 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "they take longer than 30 s; "
         "a run that was killed goes on from there when started again",
     )
-    _add_servers(parser.add_argument_group("OpenAI-compatible servers, instead of a backend"))
-
-
-def _add_servers(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--server",
-        action="append",
-        metavar="URL",
-        help="http://host:8000/v1 of a vLLM server that serves --model with "
-        "--trust-request-mm-kwargs; may be given several times",
-    )
-    add("--server-model", metavar="NAME", help="its name there, where servers offer several")
-    add("--concurrency", type=int, metavar="N", help="requests at a time and server (512 / n)")
-    add("--server-timeout", type=float, metavar="S", help="for one request (default: 600)")
-    add(
-        "--server-patience",
-        type=float,
-        metavar="S",
-        help="how long to wait while no server answers (default: 300)",
-    )
+    add_servers(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -102,9 +79,9 @@ def sampling(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """`mmpr sample` step by step: nothing once the file is known to be whole as far as it goes,
     then the records of each batch that is on disk.
     """
+    from internvl.hashing import model_fingerprint
     from internvl.sampler import SamplingConfig
     from mmpr import sample
-    from mmpr.hashing import model_fingerprint
 
     _check(args)
     config = SamplingConfig(
@@ -132,7 +109,7 @@ def sampling(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         tell_bad(quarantine)
         return
     report = sample.SampleReport()
-    sampler = _open(args)
+    sampler = open_asked(args)
     try:
         yield from sample.sample_batches(
             *(plan, sampler, quarantine),
@@ -149,26 +126,14 @@ def sampling(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise UserError for options that cannot be honoured."""
-    for name in ("batch_questions", "limit", "max_model_len", "concurrency"):
+    for name in ("batch_questions", "limit"):
         value = vars(args)[name]
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    for name in ("server_timeout", "server_patience"):
-        value = vars(args)[name]
-        if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; give seconds, above 0")
     if args.language != "auto" and args.prompt_style == "none":
         raise UserError("--language has no meaning without a --prompt-style")
     refuse_overwrite(args.questions, args.output)
-    for name in _OF_SERVERS:
-        if not args.server and vars(args)[name] is not None:
-            raise UserError(f"--{name.replace('_', '-')} has no meaning without --server")
-    for name, default in _OF_AN_ENGINE.items():
-        if args.server and vars(args)[name] != default:
-            raise UserError(
-                f"--{name.replace('_', '-')} has no meaning with --server: servers are started "
-                "with options of their own"
-            )
+    check_sampler_options(args)
 
 
 def _prompt_facts(args: argparse.Namespace) -> dict[str, str]:
@@ -186,31 +151,6 @@ def _read(args: argparse.Namespace, quarantine: Quarantine) -> Rows | Selection:
         limit=args.limit,
     )
     return rows if args.limit is None else rows[: args.limit]
-
-
-def _open(args: argparse.Namespace) -> StreamSampler:
-    """The sampler: an engine in this process, or servers; nobody reads rollouts' log-probs."""
-    if not args.server:
-        from internvl.sampler import open_sampler
-
-        return open_sampler(
-            args.model,
-            backend=args.backend,
-            seed=args.seed,
-            max_model_len=args.max_model_len,
-            dtype=args.dtype,
-            logprobs=False,
-        )
-    from internvl.server_sampler import open_servers
-
-    given: dict[str, Any] = {
-        "concurrency": args.concurrency,
-        "timeout": args.server_timeout,
-        "patience": args.server_patience,
-        "served_name": args.server_model,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    return open_servers(args.model, args.server, seed=args.seed, logprobs=False, **given)
 
 
 def _print_sample(output: Path, report: SampleReport, config: SamplingConfig) -> None:

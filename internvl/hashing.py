@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from internvl.adapters import is_adapter, named_base
 from internvl.errors import UserError
 
 _WHOLE_FILE = 64 * 2**20  # a file up to here is hashed whole, a larger one by its header and blocks
@@ -40,11 +41,19 @@ def _hash_file(path: Path) -> str:
 def model_fingerprint(model: str) -> str:
     """A hash of a checkpoint's weights and configuration, the same wherever its folder lies.
 
-    Raises UserError when the folder or its config.json is missing.
+    Of a LoRA adapter: its own and its base's. Raises UserError when the folder or its config.json
+    is missing.
     """
     folder = Path(model)
+    if is_adapter(folder):
+        return f"{_hash_folder(folder)[:16]}{model_fingerprint(str(named_base(folder)))[:16]}"
     if not (folder / "config.json").is_file():
         raise UserError(f"--model {model}: no config.json there; expected a checkpoint folder")
+    return _hash_folder(folder)[:32]
+
+
+def _hash_folder(folder: Path) -> str:
+    """A hash of the files that make a model."""
     files = [
         path
         for pattern in ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
@@ -54,4 +63,4 @@ def model_fingerprint(model: str) -> str:
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(f"{path.name} {_hash_file(path)}\n".encode())
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()
