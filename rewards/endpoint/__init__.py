@@ -7,3 +7,4 @@ from rewards.endpoint.client import Answer as Answer
 from rewards.endpoint.client import Endpoint as Endpoint
 from rewards.endpoint.client import Failures as Failures
 from rewards.endpoint.client import Read as Read
+from rewards.endpoint.replies import objects_in as objects_in

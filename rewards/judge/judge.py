@@ -11,15 +11,12 @@ and judge go together is in rewards/judging.py.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rewards.endpoint import Answer, Endpoint
-
-_OBJECT = re.compile(r"\{[^{}]{0,2000}\}")
+from rewards.endpoint import Answer, Endpoint, objects_in
 
 PROMPT = """\
 You compare answers. The next message is one JSON object: "question" is what was asked, "gold" the \
@@ -88,21 +85,10 @@ def read_reply(text: str) -> bool | None:
     (True, None)
     """
     found = set()
-    for match in _OBJECT.finditer(text.rpartition("</think>")[2]):
-        try:
-            value = json.loads(match.group(), object_pairs_hook=_without_doubles)
-        except (ValueError, RecursionError):
-            continue
+    for value in objects_in(text):
         if "correct" in value:
             found.add(value["correct"] if isinstance(value["correct"], bool) else None)
     return found.pop() if len(found) == 1 else None
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError("a key comes twice")
-    return dict(pairs)
 
 
 class Judge:
