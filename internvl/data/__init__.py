@@ -5,8 +5,9 @@
                   `--- quarantine.jsonl: {"file", "line", "reason", "row"} ---'
 
 Read are JSONL (one object a line), MMPR's `meta.json`, parquet files (one, `folder/name*.parquet`,
-or a folder of them) and folders made by `datasets.save_to_disk`; the columns are named like the
-fields. Fields that are not named here are kept and passed through.
+or a folder of them), folders made by `datasets.save_to_disk`, and VLMEvalKit's TSV benchmarks (see
+benchmarks); the columns are named like the fields. Fields that are not named here are kept and
+passed through.
 
     question      {"id": "q7", "image": "a.png", "question": "<image>\\nHow many?", "answer": "3"}
     rollout       question + {"sample": 0, "completion": "...", "token_ids": [...], ...}
@@ -26,7 +27,7 @@ fields. Fields that are not named here are kept and passed through.
 
 The modules behind it: records (what a record must hold), preferences (TRL's rows), rows (a record
 with its pictures),
-sources (files), lines and tables (records by number), rowsets, checks, quarantine, exports and
+sources (files), lines, tables and benchmarks (records by number), rowsets, checks, quarantine, exports and
 jsonl (writing).
 """
 

@@ -1,4 +1,4 @@
-"""Where rows come from: JSONL, parquet and saved data sets, alone or listed in a `meta.json`."""
+"""Where rows come from: JSONL, parquet, saved data sets and TSV, alone or in a `meta.json`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
+from internvl.data.benchmarks import BenchmarkTable
 from internvl.data.cache import CACHED_FROM
 from internvl.data.lines import Lines, open_lines
 from internvl.data.records import implies_placeholder
@@ -161,7 +162,7 @@ def input_folder(path: Path) -> Path:
 
 
 def open_source(path: Path, *, cached_from: int = CACHED_FROM, quiet: bool = False) -> Source:
-    """The records of a JSONL file, parquet files or a saved data set.
+    """The records of a JSONL file, parquet files, a saved data set or a benchmark's TSV.
 
     cached_from: see `open_lines` and `open_tables`. quiet: no progress bars.
     """
@@ -171,6 +172,8 @@ def open_source(path: Path, *, cached_from: int = CACHED_FROM, quiet: bool = Fal
     if not path.is_file():
         raise DataError(f"{path}: not a file")
     _refuse_other_files(path)
+    if path.suffix == ".tsv":
+        return BenchmarkTable(path)
     return JsonLines(path, open_lines(path, cached_from=cached_from, quiet=quiet))
 
 
