@@ -132,11 +132,7 @@ def test_an_image_may_be_another_row_s(tmp_path: Path) -> None:
 def test_paths_stand_for_images(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     columns = [name for name in COLUMNS if name != "image"]
-    rows = (
-        {"image_path": "a.png"},
-        {"image_path": "['a.png', 'a.png']"},
-        {"image_path": "../x.png"},
-    )
+    names = ("a.png", "['a.png', 'a.png']", "../x.png")
     path = tmp_path / "t.tsv"
     with path.open("w", newline="") as out:
         table = csv.DictWriter(out, columns, delimiter="\t", restval="")
