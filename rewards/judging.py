@@ -17,6 +17,7 @@ from rewards.datasets import DatasetTable
 from rewards.judge import Judge, JudgeQuestion
 from rewards.pool import VerifierPool
 from rewards.verdict import Outcome, Task, Verdict, request_fault, task_of
+from rewards.votes import Votes, vote_classes
 
 JUDGE = "judge"
 ASK_WHEN = ("named", "cannot_judge")
@@ -131,6 +132,19 @@ class Verifier:
             style=self.style,
             table=self.table,
         )
+
+    def votes(
+        self, asked: Iterable[tuple[Mapping[str, Any], Sequence[str | None]]]
+    ) -> Iterator[Votes]:
+        """Which extracted answers of a question are the same, of (its record, answers), in order.
+
+        See `vote_classes`; a judge is not asked.
+        """
+        tasks = (
+            (task_of(_by_rule(record)[0], "", style=self.style, table=self.table), answers)
+            for record, answers in asked
+        )
+        return vote_classes(tasks, self.pool)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from internvl.data import Row, write_jsonl
 from internvl.sampler import StreamSampler
+from rewards.estimates import pass_at_k
 from rl.config import RLConfig
 from rl.ranks import everywhere, gather
 from rl.rewarding import Rewarder, Verify, make_terms
@@ -25,17 +26,6 @@ from rl.rollouts import Broken, Group, RolloutMaker, RolloutSettings
 
 QUESTIONS_AT_ONCE = 256  # their images are in memory together
 _BATCH = -1  # no rollout batch has this number: the seeds are the evaluation's own
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The chance that at least one of k completions is right, unbiased, from n of them.
-
-    1 - C(n - c, k) / C(n, k); Chen et al. 2021, arXiv 2107.03374, eq. 1.
-
-    >>> pass_at_k(4, 1, 2), pass_at_k(4, 3, 2), pass_at_k(4, 0, 1)
-    (0.5, 1.0, 0.0)
-    """
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def make_held_out(

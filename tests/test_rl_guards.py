@@ -28,7 +28,7 @@ from transformers.integrations import WandbCallback
 
 from internvl.data import Row
 from internvl.errors import UserError
-from rl.evaluation import pass_at_k
+from rewards.estimates import pass_at_k
 from rl.guards import CollapseError, CollapseGuard, StepTotals
 from rl.rollout_log import RolloutLog
 from rl.tracker_table import COLUMNS

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
+from rewards.extract import Extraction
 from rewards.match import MATCHERS, CannotJudge
 from rewards.pool.dispatch import Cache, Dispatcher
 from rewards.pool.processes import Counters, Job
@@ -146,9 +147,18 @@ class VerifierPool:
         keeps the processes busy.
         """
         self._dispatcher.check_open()
-        return self._map(iter(tasks))
+        return self._map(map(plan_comparisons, tasks))
 
-    def _map(self, tasks: Iterator[Task]) -> Iterator[Verdict]:
+    def compare(self, asked: Iterable[Sequence[Comparison]]) -> Iterator[Verdict]:
+        """The verdicts of comparisons of texts as they are, in order; nothing is extracted.
+
+        asked: of each verdict its comparisons, at least one, of which one match is enough; the
+        first is of the text that the verdict calls extracted.
+        """
+        self._dispatcher.check_open()
+        return self._map(map(_plan, asked))
+
+    def _map(self, plans: Iterator[Plan]) -> Iterator[Verdict]:
         window: deque[_Run] = deque()  # begun and not yielded, in order
         running: list[_Run] = []  # those of them that wait for a process
         length = turn = 0
@@ -162,11 +172,11 @@ class VerifierPool:
                 if running and (not more or full or len(running) >= 3 * self.workers):
                     self._wait(running)
                 elif more:
-                    task = next(tasks, None)
-                    more = task is not None
-                    if task is None:
+                    plan = next(plans, None)
+                    more = plan is not None
+                    if plan is None:
                         continue
-                    run = _Run(plan_comparisons(task))
+                    run = _Run(plan)
                     verdict = self._advance(run)
                     if verdict is not None and not window:
                         yield verdict
@@ -219,6 +229,13 @@ class VerifierPool:
         if kept:
             self.cache.put(comparison, result)
         return result
+
+
+def _plan(comparisons: Sequence[Comparison]) -> Plan:
+    """The plan of comparing a text that nothing has to be extracted from."""
+    slow_last = sorted(comparisons, key=lambda comparison: MATCHERS[comparison.matcher].slow)
+    first = comparisons[0]
+    return Plan(Extraction(first.prediction, "short", True), first.matcher, tuple(slow_last))
 
 
 def _decide_early(comparison: Comparison) -> Result | None:
