@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from internvl.errors import cli_guard
 from internvl.startup import collector_paused
 
@@ -62,4 +64,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli_guard(main)
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):  # a command of the data tools
+        from sft.cli import main as data_tools
+
+        data_tools()
+    else:
+        cli_guard(main)

@@ -19,13 +19,15 @@ MAY_IMPORT = {
     "rewards": set(),
     "internvl": set(),
     "training": {"internvl"},
-    "sft": {"internvl", "training"},
+    "sft": {"internvl", "training", "rewards"},
     "mpo": {"internvl", "training"},
     "mmpr": {"internvl", "rewards"},
     "rl": {"internvl", "training", "rewards"},
     "cascade": {"internvl", "rewards"},
 }
 ONE_PLACE = ("vllm", "wandb", "deepspeed", "ray")
+# Of rewards only the client of an endpoint, which the data tools call; training knows no rewards.
+SFT_OF_REWARDS = ("sft/data_tools/", "rewards.endpoint")
 # The verifiers run in worker processes of their own, which must start in no time.
 NO_TORCH = "rewards"
 
@@ -95,6 +97,11 @@ def wrong_directions(imports: list[Import]) -> list[str]:
         if item.top in MAY_IMPORT and item.top != own and item.top not in MAY_IMPORT[own]:
             allowed = ", ".join(sorted(MAY_IMPORT[own])) or "nothing of ours"
             wrong.append(f"{item}: {own} may import {allowed}")
+        folder, module = SFT_OF_REWARDS
+        if (own, item.top) == ("sft", "rewards") and not (
+            item.file.startswith(folder) and item.module.startswith(module)
+        ):
+            wrong.append(f"{item}: only {folder} may, and only {module}")
         if item.top in ("tests", "examples"):
             wrong.append(f"{item}, which is not installed")
         if own == NO_TORCH and item.top in ("torch", "transformers"):
@@ -172,6 +179,8 @@ def tree(root: Path, **files: str) -> list[Import]:
         ("training__trainer", "def f():\n    from mpo import losses\n"),
         ("sft__train", "import mpo.losses as m\n"),
         ("mpo__train", "from rewards import verify\n"),
+        ("sft__trainer", "from rewards.endpoint import Endpoint\n"),
+        ("sft__data_tools__scores", "from rewards import verify\n"),
         ("mmpr__cli", "if TYPE_CHECKING:\n    from training import trainer\n"),
         ("rl__train", "from mpo.losses import dpo_loss\n"),
         ("rl__deep__train", "from ... import mpo\n"),

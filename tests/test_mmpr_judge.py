@@ -73,7 +73,7 @@ def test_without_a_judge_its_questions_are_put_aside(tmp_path):
 def test_a_cache_that_breaks_is_one_line(endpoint, tmp_path, capsys):
     def answer(data):
         with sqlite3.connect(tmp_path / "kept.sqlite") as database:
-            database.execute("DROP TABLE IF EXISTS judgements")
+            database.execute("DROP TABLE IF EXISTS replies")
         database.close()
         return True
 
