@@ -267,7 +267,8 @@ def test_resumed_anywhere_is_uninterrupted(
     whole, before = Packer(**settings), Packer(**settings)
     expected = [whole.add(item) for item in items]
     out = [before.add(item) for item in items[:cut]]
-    state = json.loads(json.dumps(before.state()))
+    saved = json.dumps(before.state())
+    state = json.loads(saved)
     after = Packer(**settings)
     after.add(Item("of another stream", 1, 0))  # what was there is replaced
     after.restore(state)
@@ -278,6 +279,7 @@ def test_resumed_anywhere_is_uninterrupted(
     assert out == expected
     assert after.state() == whole.state()
     assert after.flush() == whole.flush() and after.fill == whole.fill
+    assert json.dumps(state) == saved  # what it was restored from is not written to
 
 
 # --- the benchmark ---------------------------------------------------------------------------

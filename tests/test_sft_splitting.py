@@ -50,6 +50,8 @@ def test_the_docstrings_sample() -> None:
 
 def test_an_answer_that_fits_the_next_piece_is_not_cut() -> None:
     assert spans(2, 3, 1, 5, max_tokens=10, overlap=2) == [(0, 2, 5), (5, 6, 11)]
+    # this one ends exactly where the piece does
+    assert spans(2, 3, 1, 4, 1, 2, max_tokens=10, overlap=2) == [(0, 2, 10), (10, 11, 13)]
 
 
 def test_earlier_turns_are_context_as_far_as_the_overlap_reaches() -> None:
