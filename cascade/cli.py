@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cascade.run_command import COMMAND as RUN
 from internvl.errors import UserError
 from internvl.terminal import Command, command_parser, run_command
 
@@ -19,6 +20,7 @@ _ABOUT = "The whole cascade, SFT -> MPO -> GSPO, resumable and evaluated between
 _EXAMPLE = """\
 example:
 
+  cascade run recipe.yaml               the stages of a recipe, in order
   cascade demo                          the whole on a small world, 12 to 15 minutes on 2 cores
   cascade demo --preset tiny            the same in 2 to 3 minutes, to see that all of it runs
   cascade evaluate heldout.jsonl --model runs/demo/stages/rl --output runs/demo/eval/rl
@@ -171,6 +173,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 _COMMANDS = (
+    RUN,
     Command("demo", "the whole cascade on a world made on the spot", _add_demo, _demo),
     Command("evaluate", "accuracy of a checkpoint on held-out questions", _add_evaluate, _evaluate),
     Command("report", "the page of a run", _add_report, _report),

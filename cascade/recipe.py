@@ -24,7 +24,8 @@ BACKENDS = ("auto", "vllm", "transformers")
 _NOT_A_NAME = ("eval", "stages", "configs", "logs", "run")
 _TOP = (
     *("output", "seed", "seeds", "parallel", "backend", "overlap", "environment", "launch"),
-    *("common", "sample", "verify", "evaluate", "gate", "arms", "compute_from", "start_seconds"),
+    *("common", "sample", "verify", "evaluate", "gate", "report"),
+    *("arms", "compute_from", "start_seconds"),
     "stages",
 )
 
@@ -34,7 +35,8 @@ class Recipe:
     """What a recipe says; see docs/cascade.md.
 
     many: whether it names `seeds`, each of which is a run in a folder of its own. overlap: None
-    where the machine decides. text: of the file.
+    where the machine decides. report: the evaluated stages that summary and report show. text: of
+    the file.
     """
 
     file: Path
@@ -46,6 +48,7 @@ class Recipe:
     overlap: bool | None
     environment: Mapping[str, str]
     stages: Mapping[str, StageSpec]
+    report: tuple[str, ...]
     arms: Mapping[str, str]
     compute_from: str | None
     start_seconds: Mapping[str, float]
@@ -82,14 +85,20 @@ def load_recipe(file: Path) -> Recipe:
         parallel=top.whole("parallel", 1, least=1),
         backend=top.one_of("backend", top.get("backend", "auto"), BACKENDS),
         overlap=None if overlap == "auto" else bool(overlap),
-        environment={key: str(value) for key, value in top.mapping("environment").items()},
+        environment={key: _variable(value) for key, value in top.mapping("environment").items()},
         stages=stages,
+        report=_report(top, stages),
         arms=arms,
         compute_from=_compute_from(top, arms, stages),
         start_seconds={key: top.number(f"start_seconds.{key}", value)
                        for key, value in top.mapping("start_seconds").items()},
         text=text,
     )  # fmt: skip
+
+
+def _variable(value: object) -> str:
+    """What a process finds in its environment; YAML reads true and false as more than words."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _seeds(top: Entries) -> tuple[tuple[int, ...], bool]:
@@ -104,6 +113,14 @@ def _seeds(top: Entries) -> tuple[tuple[int, ...], bool]:
     if not good or len(set(seeds)) < len(seeds):
         raise top.fault("seeds", seeds, "give a list of whole numbers, each once")
     return tuple(seeds), True
+
+
+def _report(top: Entries, stages: Mapping[str, StageSpec]) -> tuple[str, ...]:
+    evaluated = [n for n, spec in stages.items() if is_evaluated(spec) and not spec.optional]
+    given = top.get("report", evaluated)
+    if not isinstance(given, list) or (top.has("report") and not given):
+        raise top.fault("report", given, "give a list of evaluated stages")
+    return tuple(top.one_of("report", name, evaluated, "evaluated stages") for name in given)
 
 
 def _compute_from(

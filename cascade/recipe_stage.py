@@ -27,6 +27,8 @@ TRAINING_PATHS = frozenset(
     )
 )
 COMMAND_PATHS = frozenset(("image-root", "datasets", "judge-cache", "base"))
+# of those, the ones that are written or only found again there: they are no inputs
+OUTPUT_PATHS = ("quarantine_file", "reference_cache_dir", "server_weights_dir", "judge-cache")
 # what a run says itself, and where it is said in the recipe
 _SAID = {
     "model_name_or_path": "model",
@@ -125,6 +127,8 @@ class StageReading:
         gate = self._gate(model, evaluate is not None)
         if kind == "pairs":
             self._check_pairs(sections, data)
+            own.only((*("name", "image-root", "image_root"),))
+        self._check_adapter(model)
         return StageSpec(
             name=self.name, kind=kind, options=self._options(), sections=sections, model=model,
             questions=questions, data=data, evaluate=evaluate, evaluate_questions=held_out,
@@ -210,6 +214,18 @@ class StageReading:
             raise own.fault("sample", False, "data: STAGE takes the rollouts of another stage")
         if sections["verify"] is None and sections["pair"] is not None and data is None:
             raise own.fault("verify", False, "pair reads verdicts; set pair: false, too")
+
+    def _check_adapter(self, model: Place | None) -> None:
+        """Refuse to train an adapter on with settings that are not its own."""
+        if model is None or not model.adapter or self.kind not in TRAINING:
+            return
+        options = {**self.top.mapping("common"), **self.own.entries}
+        if options.get("use_peft") is not True:
+            raise self.own.fault("model", f"{model.stage}.adapter", "use_peft is not set")
+        for key in options:
+            if key.startswith("lora_"):
+                wanted = "an adapter is trained on with settings of its own, leave it out"
+                raise self.own.fault(key, options[key], wanted)
 
     def _evaluate(self) -> tuple[dict[str, Any] | None, tuple[Place, ...]]:
         """The options of the stage's evaluation and the files of its questions."""
@@ -301,6 +317,32 @@ class StageReading:
         if name in self.names:
             raise at.fault(key, value, f"stage {name} does not come before {self.name}")
         return Place(at.file.parent / Path(value).expanduser())
+
+
+def places_of(spec: StageSpec) -> list[tuple[str, Place]]:
+    """Every path that a stage names, by the key where it stands."""
+    named: dict[str, Any] = {"model": spec.model, "questions": list(spec.questions)}
+    named |= spec.options
+    named |= {f"launch.{key}": value for key, value in (spec.launch or {}).items()}
+    for section, options in spec.sections.items():
+        named |= {f"{section}.{key}": value for key, value in (options or {}).items()}
+    return [*_places(named), *evaluation_places(spec)]
+
+
+def evaluation_places(spec: StageSpec) -> list[tuple[str, Place]]:
+    """The paths that a stage's evaluation names."""
+    named: dict[str, Any] = {"evaluate.questions": list(spec.evaluate_questions)}
+    named |= {f"evaluate.{key}": value for key, value in (spec.evaluate or {}).items()}
+    return _places(named)
+
+
+def _places(named: Mapping[str, Any]) -> list[tuple[str, Place]]:
+    return [
+        (key, item)
+        for key, value in named.items()
+        for item in (value if isinstance(value, list) else [value])
+        if isinstance(item, Place)
+    ]
 
 
 def dashed(options: Mapping[str, Any]) -> dict[str, Any]:

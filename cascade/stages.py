@@ -1,36 +1,23 @@
-"""Stages as processes, and the manifest that lets a killed run go on.
+"""The processes of a run: what each one is, what stands for its result, and why it runs anew.
 
-A stage is a command with a key: the hash of its command, its configuration and the keys of the
-stages it needs. A finished stage with the same key is not run again; with another key its folder
-is emptied and it runs anew, and so does all that needs it. A stage that was killed has its key in
-the manifest without `done`: its folder is kept, and the command itself goes on where it was.
-
-A stage marked `background` (an evaluation) runs beside the next ones where there is a second core,
-its output in `logs/`; the run ends when all have. `run.lock` is held by the driver and by every
-stage that it started, so a stage that outlives a killed driver is not started twice.
+A process has a key: the hash of its command, its configuration, its inputs' contents and the keys
+of the processes it needs. One that is finished with the same key is not run again; with another key
+its folder is emptied and it runs anew, and so does all that needs it. One that was killed has its
+key in the manifest without `done`: its folder is kept, and the command itself goes on where it was.
+The run's own folder and the inputs' places are no part of a key, so a run may be moved.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from threading import Thread
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-import yaml
-
-from internvl.data import write_json
+from cascade.manifest import Manifest
 from internvl.errors import UserError
 
 
@@ -38,9 +25,12 @@ from internvl.errors import UserError
 class Stage:
     """One process of a run.
 
-    name: unique in the run. command: arguments after the interpreter. folder: what the stage
-    writes (emptied before it runs anew). config: options written to `config_file` before the
-    start. needs: names of the stages whose results it reads. background: nothing soon needs it.
+    name: unique in the run. command: arguments after the interpreter. folder: what it writes.
+    config: options written to `config_file` before the start. needs: names of the processes whose
+    results it reads. background: nothing soon needs it. stage, kind: the recipe's stage that it
+    is a part of, and what it does there. inputs: files whose content decides. owns: what is removed
+    before it runs anew; None: the whole folder. salt: what else decides. gate: called when it is
+    done; raises where the run must not go on.
     """
 
     name: str
@@ -50,206 +40,165 @@ class Stage:
     config: dict[str, Any] | None = None
     config_file: Path | None = None
     background: bool = False
+    stage: str = ""
+    kind: str = ""
+    inputs: tuple[Path, ...] = ()
+    owns: tuple[Path, ...] | None = None
+    salt: str = ""
+    gate: Callable[[], None] | None = field(default=None, compare=False)
 
-    def key(self, keys: dict[str, str]) -> str:
-        """The hash that stands for this stage's result."""
-        material = [self.command, self.config, [keys[name] for name in self.needs]]
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """{input: hash of its content}."""
+        from cascade.inputs import digest_input
+
+        return {str(path): digest_input(path) for path in self.inputs}
+
+    def key(self, run: Path, keys: Mapping[str, str]) -> str:
+        """The hash that stands for this process's result."""
+        plain = _Plain(run, self.digests)
+        material: list[Any] = [plain.of(self.command), plain.of(self.config)]
+        material += [[keys[name] for name in self.needs], sorted(self.digests.values()), self.salt]
         return hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Manifest:
-    """`manifest.json` of a run: what ran, by which key, for how long."""
+class _Plain:
+    """Values with the run's folder and the inputs' places taken out."""
 
-    def __init__(self, path: Path, seed: int, preset: str):
-        self.path = path
-        self.data: dict[str, Any] = {"seed": seed, "preset": preset, "seconds": 0.0, "stages": []}
-        if path.is_file():
-            self.data = json.loads(path.read_text(encoding="utf-8"))
-            same = (self.data["seed"], self.data["preset"]) == (seed, preset)
-            if not same:
-                raise UserError(
-                    f"{path.parent} holds a run with seed {self.data['seed']} and preset "
-                    f"{self.data['preset']!r}; choose another --output, or remove the folder"
-                )
+    def __init__(self, run: Path, digests: Mapping[str, str]):
+        self.run, self.digests = str(run), digests
 
-    def entry(self, name: str) -> dict[str, Any] | None:
-        """A stage's record, or None."""
-        return next((s for s in self.data["stages"] if s["name"] == name), None)
-
-    def put(self, record: dict[str, Any]) -> None:
-        """Add or replace a stage's record, and write the file."""
-        stages = self.data["stages"]
-        for place, stage in enumerate(stages):
-            if stage["name"] == record["name"]:
-                stages[place] = record
-                break
-        else:
-            stages.append(record)
-        write_json(self.path, self.data)
-
-    def add_time(self, seconds: float) -> None:
-        """Add to the run's wall time, over all the starts that it took."""
-        self.data["seconds"] = round(self.data["seconds"] + seconds, 1)
-        write_json(self.path, self.data)
-
-    @property
-    def seconds(self) -> float:
-        """The run's wall time; stages that overlap are not counted twice."""
-        return float(self.data["seconds"])
+    def of(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self.of(item) for item in value]
+        if isinstance(value, dict):
+            return {key: self.of(item) for key, item in value.items()}
+        if not isinstance(value, str):
+            return value
+        if value in self.digests:
+            return f"sha256:{self.digests[value]}"
+        inside = value == self.run or value.startswith(f"{self.run}/")
+        return "{run}" + value[len(self.run) :] if inside else value
 
 
-def _prepare(stage: Stage, manifest: Manifest, key: str) -> dict[str, Any]:
-    """The record of a stage about to start, or to go on; empties the folder of another key's."""
-    before = manifest.entry(stage.name)
-    if before is None or before["key"] != key:
-        if before is not None:  # a kill from here on must not leave the old result for done
-            manifest.put({**before, "key": "", "done": False})
+@dataclass(frozen=True)
+class Choice:
+    """Which processes a start may run.
+
+    names: these only, the others are taken as they are; None: all.
+    """
+
+    names: Collection[str] | None = None
+
+
+class Decision(NamedTuple):
+    """What becomes of a process, and why.
+
+    skip: it is done. leave: it was not asked for. start: it begins anew. resume: it goes on.
+    """
+
+    action: Literal["skip", "leave", "start", "resume"]
+    why: str
+
+
+def decide(
+    stages: Sequence[Stage], manifest: Manifest, choice: Choice
+) -> tuple[list[Decision], dict[str, str]]:
+    """What a start does with each process, and their keys.
+
+    Raises `UserError` where a process that is asked for needs one that is neither asked for nor
+    done.
+    """
+    keys: dict[str, str] = {}
+    running: set[str] = set()
+    decisions = []
+    run = manifest.path.parent
+    for stage in stages:
+        record = manifest.entry(stage.name)
+        if choice.names is not None and stage.name not in choice.names:
+            done = record is not None and record["done"]
+            if done:
+                assert record is not None
+                keys[stage.name] = record["key"]
+            why = "not asked for; done before" if done else "not asked for"
+            decisions.append(Decision("leave", why))
+            continue
+        for need in stage.needs:
+            if need not in keys:
+                raise UserError(f"{stage.name} needs {need}, which has not been run to its end")
+        key = keys[stage.name] = stage.key(run, keys)
+        decisions.append(_decision(stage, record, key, keys, running))
+        if decisions[-1].action in ("start", "resume"):
+            running.add(stage.name)
+    return decisions, keys
+
+
+def _decision(
+    stage: Stage,
+    record: Mapping[str, Any] | None,
+    key: str,
+    keys: Mapping[str, str],
+    running: Collection[str],
+) -> Decision:
+    if record is None:
+        return Decision("start", "has not been run")
+    if record["key"] == key and record["done"]:
         if stage.folder.exists():
-            shutil.rmtree(stage.folder)
-        before = {"name": stage.name, "seconds": 0.0}
-    stage.folder.mkdir(parents=True, exist_ok=True)
-    if stage.config is not None:
-        assert stage.config_file is not None
-        stage.config_file.parent.mkdir(parents=True, exist_ok=True)
-        stage.config_file.write_text(yaml.safe_dump(stage.config, sort_keys=False))
+            return Decision("skip", f"done before ({record['seconds']:.0f} s)")
+        return Decision("start", f"its folder {stage.folder} is gone")
+    if record["key"] == key:
+        return Decision("resume", "was begun, goes on")
+    if not record["key"]:
+        return Decision("start", "is to be run anew")
+    return Decision("start", _differences(stage, record, keys, running))
+
+
+def _differences(
+    stage: Stage,
+    record: Mapping[str, Any],
+    keys: Mapping[str, str],
+    running: Collection[str],
+) -> str:
+    """In a few words: what is not as it was when the record was made."""
+    found = [
+        f"{need} {'runs' if need in running else 'ran'} anew"
+        for need in stage.needs
+        if record["needs"].get(need) != keys[need]
+    ]
+    before, now = record["config"] or {}, stage.config or {}
+    found += [
+        f"{name} was {before.get(name, 'not given')!r}, is {now.get(name, 'not given')!r}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    if record["command"] != stage.command:
+        was = [word for word in record["command"] if word not in stage.command]
+        is_now = [word for word in stage.command if word not in record["command"]]
+        found.append(f"command: {' '.join(was) or '-'} -> {' '.join(is_now) or '-'}")
+    old = set(record["inputs"].values())
+    found += [f"{path} has changed" for path, h in stage.digests.items() if h not in old]
+    return "; ".join(found) or "what decides its result has changed"
+
+
+def new_record(
+    stage: Stage, before: Mapping[str, Any] | None, key: str, keys: Mapping[str, str], started: str
+) -> dict[str, Any]:
+    """The manifest's record of a process that is about to start; before: of one that goes on."""
+    spent = before or {"seconds": 0.0, "cpu_seconds": 0.0, "starts": 0, "timed": 0}
     return {
-        **before,
+        "name": stage.name,
+        "stage": stage.stage or stage.name,
+        "kind": stage.kind,
         "command": stage.command,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": stage.config,
+        "needs": {name: keys[name] for name in stage.needs},
+        "inputs": stage.digests,
         "key": key,
         "done": False,
+        "started": started,
+        # a start whose driver was killed with it is counted, but its time is not known
+        "starts": spent["starts"] + 1,
+        "timed": spent["timed"],
+        "seconds": spent["seconds"],
+        "cpu_seconds": spent["cpu_seconds"],
     }
-
-
-@contextmanager
-def run_lock(run: Path) -> Iterator[int]:
-    """Hold the run's lock; its descriptor is for the stages to inherit.
-
-    Raises `UserError` while another driver, or a stage that outlived one, holds it.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / "run.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{run}: another process of this run is alive; wait for it, or end it first"
-            ) from None
-        yield file.fileno()
-
-
-@dataclass
-class _Running:
-    """A stage's process, its record, and when it was started."""
-
-    stage: Stage
-    record: dict[str, Any]
-    process: subprocess.Popen[bytes]
-    start: float
-    log: Path | None
-    end: float | None = None
-
-    def wait(self) -> int:
-        """Wait for the process and note when it ended; returns its exit code."""
-        code = self.process.wait()
-        if self.end is None:
-            self.end = time.monotonic()
-        return code
-
-
-class Driver:
-    """Runs stages in order, at most one of them in the background.
-
-    manifest: of the run. can_overlap: whether a background stage may run beside another one (by
-    default where there are two cores). env: added to the stages' environment where it has no value.
-    """
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        *,
-        can_overlap: bool | None = None,
-        env: Mapping[str, str] | None = None,
-    ):
-        self.manifest = manifest
-        self.env = {**(env or {}), **os.environ}
-        self.run = manifest.path.parent
-        self.can_overlap = (os.cpu_count() or 1) > 1 if can_overlap is None else can_overlap
-        self._behind: _Running | None = None
-
-    def run_stages(self, stages: Sequence[Stage]) -> None:
-        """Run the stages that are not done; raises `UserError` when one fails."""
-        keys: dict[str, str] = {}
-        start = time.monotonic()
-        with run_lock(self.run) as lock:
-            try:
-                for stage in stages:
-                    keys[stage.name] = stage.key(keys)
-                    self._run_one(stage, keys[stage.name], lock)
-                self._finish_background()
-            finally:
-                if self._behind is not None:
-                    self._behind.process.terminate()
-                    self._behind.process.wait()
-                self.manifest.add_time(time.monotonic() - start)
-
-    def _run_one(self, stage: Stage, key: str, lock: int) -> None:
-        before = self.manifest.entry(stage.name)
-        if before is not None and before["key"] == key and before["done"]:
-            print(f"== {stage.name}: done before ({before['seconds']:.0f} s), not run again")
-            return
-        if self._behind is not None and (
-            stage.background or self._behind.stage.name in stage.needs
-        ):
-            self._finish_background()
-        record = _prepare(stage, self.manifest, key)
-        self.manifest.put(record)
-        running = self._start(stage, record, lock)
-        if running.log is None:
-            self._finish(running)
-        else:
-            self._behind = running
-            Thread(target=running.wait, daemon=True).start()  # notes the end when it comes
-
-    def _start(self, stage: Stage, record: dict[str, Any], lock: int) -> _Running:
-        hidden = stage.background and self.can_overlap
-        log = self.run / "logs" / f"{stage.name}.log" if hidden else None
-        where = f" (in the background, see {log})" if log else ""
-        print(f"\n== {stage.name}{where}: python {' '.join(stage.command)}", flush=True)
-        command = [sys.executable, *stage.command]
-        start = time.monotonic()
-        if log is None:
-            return _Running(
-                stage, record, subprocess.Popen(command, pass_fds=[lock], env=self.env), start, None
-            )
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                command, pass_fds=[lock], env=self.env, stdout=out, stderr=subprocess.STDOUT
-            )
-        return _Running(stage, record, process, start, log)
-
-    def _finish_background(self) -> None:
-        if self._behind is not None:
-            running, self._behind = self._behind, None
-            self._finish(running)
-
-    def _finish(self, running: _Running) -> None:
-        """Wait for a stage and write down how it ended."""
-        try:
-            code = running.wait()
-        except BaseException:  # an interrupt is the stage's, too: it has got it from the terminal
-            running.process.terminate()
-            running.process.wait()
-            raise
-        record = running.record
-        record["done"] = code == 0
-        assert running.end is not None
-        record["seconds"] = round(record["seconds"] + running.end - running.start, 1)
-        self.manifest.put(record)
-        if code:
-            shown = f"; its output is in {running.log}" if running.log else ""
-            raise UserError(
-                f"stage {running.stage.name} ended with code {code}{shown}. Start the same "
-                "command again to go on from there"
-            )

@@ -18,8 +18,11 @@ import yaml
 from judge_server import judges, serve
 
 from cascade.cli import main
-from cascade.demo import PRESETS, Demo, load_recipe
-from cascade.stages import Driver, Manifest, Stage, run_lock
+from cascade.demo import PRESETS, demo_recipe
+from cascade.driver import Driver, run_lock
+from cascade.manifest import Manifest
+from cascade.plan import plan
+from cascade.stages import Stage
 from internvl.errors import UserError
 from internvl.sampler import Completion
 
@@ -109,7 +112,7 @@ def test_a_kill_while_a_folder_is_emptied(tmp_path: Path, monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("cascade.stages.shutil.rmtree", killed)
+        patch.setattr("cascade.driver.shutil.rmtree", killed)
         start(tmp_path, stage(tmp_path, "a", mode="brief"))
     assert calls(tmp_path) == ["a"]
     start(tmp_path, stage(tmp_path, "a"))
@@ -159,7 +162,7 @@ def test_the_run_of_another_seed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         start(tmp_path, stage(tmp_path, "a"), seed=1)
     assert str(error.value) == (
-        f"{tmp_path} holds a run with seed 0 and preset 'test'; choose another --output, or "
+        f"{tmp_path} holds a run of recipe 'test' with seed 0; choose another --output, or "
         "remove the folder"
     )
     assert calls(tmp_path) == ["a"]
@@ -243,8 +246,8 @@ def test_recipes_name_real_options(preset: str, tmp_path: Path) -> None:
     """Every configuration and command is parsed by what will read it in the run."""
     from training.cli import ModelArguments, parse_config
 
-    demo = Demo(tmp_path, 3, preset, True, "auto", load_recipe(preset))
-    stages = {item.name: item for item in demo.stages()}
+    processes = plan(demo_recipe(preset), tmp_path, 3, extra=("control",))
+    stages = {item.name: item for item in processes}
     assert [name for name, item in stages.items() if item.config] == [
         "sft-careful",
         "sft",

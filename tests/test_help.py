@@ -122,7 +122,7 @@ def test_a_stage_as_a_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_under_accelerate(stage: str, tmp_path: Path) -> None:
     """Started as the cascade starts it: the launcher adds nothing to the one line."""
-    from cascade.demo import LAUNCH
+    from cascade.plan import LAUNCH
 
     words = ["--config", str(tmp_path / "none.yaml")]
     ended = run("-m", "accelerate.commands.launch", *LAUNCH, "-m", stage, *words)

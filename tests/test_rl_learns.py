@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from cascade.demo import ENVIRONMENT, Demo, load_recipe
-from cascade.stages import Driver, Manifest
+from cascade.demo import demo_recipe
+from cascade.recipe import load_recipe
+from cascade.run import RunOptions, run_seed
 from cascade.world import WorldSizes, make_world
 from internvl.chat import load_processor
 from internvl.checkpoint import load_model
@@ -123,16 +125,17 @@ def test_the_reward_rises(sft_model: Path, world: Path, tmp_path: Path) -> None:
 def test_the_reward_rises_from_the_demos_own_checkpoint(tmp_path: Path) -> None:
     """The demo's commands and options: world, careful SFT, mixed SFT, then 100 steps of RL."""
     pytest.importorskip("vllm")
-    recipe = load_recipe("demo")
-    recipe["world"] |= {"probe": 128, "preference": 8, "heldout": 200}
+    recipe = yaml.safe_load(demo_recipe("demo").text)
+    stages = recipe["stages"]
+    stages["world"] |= {"probe": 128, "preference": 8, "heldout": 200}
     # as many steps, and an evaluation of every 20th: half the time
-    recipe["sft-careful"] |= {"eval_steps": 20, "per_device_eval_batch_size": 128}
-    demo = Demo(tmp_path, 0, "demo", False, "vllm", recipe)
-    stages = [s for s in demo.stages() if s.name in ("world", "sft-careful", "sft")]
-    files = {name: str(tmp_path / "world" / f"{name}.jsonl") for name in ("rl", "heldout")}
-    evaluation = {"eval_file": files["heldout"], "eval_strategy": "steps", "eval_steps": 100}
-    evaluation |= {"eval_on_start": True, "num_generations_eval": 4}
-    options = {**demo._rl(), **evaluation, "train_file": files["rl"], "max_steps": 100}
-    stages.append(demo._train("rl", "rl", demo._model("sft"), "sft", options))
-    Driver(Manifest(tmp_path / "manifest.json", 0, "demo"), env=ENVIRONMENT).run_stages(stages)
+    stages["sft-careful"] |= {"eval_steps": 20, "per_device_eval_batch_size": 128}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 100, "eval_file": "world/heldout.jsonl"}
+    evaluation |= {"eval_on_start": True, "num_generations_eval": 4, "max_steps": 100}
+    stages["rl"] |= {**evaluation, "model": "sft", "train_file": "world/rl.jsonl"}
+    del stages["rl"]["data"], recipe["evaluate"], recipe["report"]
+    recipe["stages"] = {n: stages[n] for n in ("world", "sft-careful", "sft", "rl")}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    run_seed(load_recipe(file), tmp_path, 0, RunOptions(backend="vllm"))
     assert_rises(tmp_path / "stages" / "rl", 100)

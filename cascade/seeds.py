@@ -1,0 +1,132 @@
+"""A recipe with several seeds: a run each in <output>/seed-N, some at a time; then the ablation.
+
+Each is a `cascade run` of its own, its output in seed-N/run.log. One that fails does not stop the
+others: what became of it is told, and stands in ablation.json.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cascade.driver import ended_by_sigterm, run_lock
+from cascade.processes import cores, end_tree
+from cascade.recipe import Recipe
+from cascade.run import RunOptions
+from internvl.errors import UserError
+
+_PAUSE = 0.2  # seconds between two looks at the runs
+
+
+def seed_folder(output: Path, seed: int) -> Path:
+    """Where the run of a seed lies."""
+    return output / f"seed-{seed}"
+
+
+def run_seeds(recipe: Recipe, output: Path, options: RunOptions) -> None:
+    """Run what is left of every seed, and write what the recipe's arms came to.
+
+    Raises `UserError` when all have ended and one has failed.
+    """
+    with run_lock(output) as lock, ended_by_sigterm():
+        failed = _Runs(recipe, output, options, lock).run_all()
+    if recipe.arms:
+        from cascade.ablation import write_ablation
+
+        print(write_ablation(recipe, output, failed))
+    for seed, reason in failed.items():
+        print(f"seed {seed} failed: {reason}", file=sys.stderr)
+    if failed:
+        seeds = ", ".join(map(str, failed))
+        raise UserError(
+            f"seed {seeds} of {output} failed; start the same command again to go on from there"
+        )
+
+
+@dataclass
+class _Run:
+    seed: int
+    process: subprocess.Popen[bytes]
+    log: Path
+    start: float
+
+
+class _Runs:
+    def __init__(self, recipe: Recipe, output: Path, options: RunOptions, lock: int):
+        self.recipe, self.output, self.options, self.lock = recipe, output, options, lock
+        self.alive: list[_Run] = []
+        self.failed: dict[int, str] = {}
+
+    def run_all(self) -> dict[int, str]:
+        """{seed: why it failed}."""
+        waiting = list(self.recipe.seeds)
+        try:
+            while waiting or self.alive:
+                while waiting and len(self.alive) < self.recipe.parallel:
+                    self.alive.append(self._start(waiting.pop(0)))
+                time.sleep(_PAUSE)
+                for run in [run for run in self.alive if run.process.poll() is not None]:
+                    self._finish(run)
+        finally:
+            for run in self.alive:
+                process = run.process
+                end_tree(process.pid, lambda process=process: process.poll() is not None)  # type: ignore[misc]
+        return dict(sorted(self.failed.items()))
+
+    def _start(self, seed: int) -> _Run:
+        folder = seed_folder(self.output, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "run.log"
+        command = [sys.executable, *seed_command(self.recipe, folder, seed, self.options)]
+        print(f"== seed {seed} (see {log}): python {' '.join(command[1:])}", flush=True)
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                pass_fds=[self.lock],
+                env=self._environment(),
+            )
+        return _Run(seed, process, log, time.monotonic())
+
+    def _environment(self) -> Mapping[str, str]:
+        """Several runs on one machine have a thread a process, unless it is said otherwise."""
+        threads = {"OMP_NUM_THREADS": "1"} if self.recipe.parallel > 1 else {}
+        return {**threads, **self.recipe.environment, **os.environ}
+
+    def _finish(self, run: _Run) -> None:
+        self.alive.remove(run)
+        seconds = f"{time.monotonic() - run.start:.0f} s"
+        if run.process.returncode:
+            self.failed[run.seed] = f"{_last_error(run.log)} (code {run.process.returncode})"
+            print(f"== seed {run.seed} failed after {seconds}: {self.failed[run.seed]}", flush=True)
+        else:
+            print(f"== seed {run.seed} is done ({seconds})", flush=True)
+
+
+def seed_command(recipe: Recipe, folder: Path, seed: int, options: RunOptions) -> Sequence[str]:
+    """The arguments of a `cascade run` of one seed, after the interpreter."""
+    words = ["-m", "cascade", "run", str(recipe.file), "--seed", str(seed)]
+    words += ["--output", str(folder)]
+    words += [word for name in options.extra for word in ("--with", name)]
+    words += [word for name in options.only for word in ("--only", name)]
+    words += ["--from", options.start] if options.start is not None else []
+    words += ["--backend", options.backend] if options.backend is not None else []
+    words += [] if options.gates else ["--no-gate"]
+    overlap = options.overlap if options.overlap is not None else recipe.overlap
+    if overlap is None and recipe.parallel >= cores():
+        overlap = False
+    if overlap is not None:
+        words += ["--overlap", "on" if overlap else "off"]
+    return words
+
+
+def _last_error(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (told or lines or ["it said nothing"])[-1]
