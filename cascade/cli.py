@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cascade.doctor.command import COMMAND as DOCTOR
 from cascade.run_command import COMMAND as RUN
 from internvl.errors import UserError
 from internvl.terminal import Command, command_parser, run_command
@@ -174,6 +175,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 _COMMANDS = (
     RUN,
+    DOCTOR,
     Command("demo", "the whole cascade on a world made on the spot", _add_demo, _demo),
     Command("evaluate", "accuracy of a checkpoint on held-out questions", _add_evaluate, _evaluate),
     Command("report", "the page of a run", _add_report, _report),

@@ -1,0 +1,111 @@
+"""`cascade doctor`: what will not work, and the cure, before the money is spent."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cascade.doctor.findings import Finding, Level, as_dict, worst
+from internvl.data import write_json
+from internvl.terminal import Command
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_MARKS: dict[Level, tuple[str, str]] = {
+    "ok": ("ok", "green"),
+    "warning": ("warn", "yellow"),
+    "error": ("ERROR", "bold red"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("recipe", type=Path, help="a recipe of `cascade run`")
+    parser.add_argument(
+        "--quick", action="store_true", help="start nothing: no engine, no stage (seconds)"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write all findings there, as JSON"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the findings; exit code 0, or 1 where there are errors (2: the recipe is unusable)."""
+    started = time.monotonic()
+    findings = examine(args.recipe, quick=args.quick, say=_say)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.json, {"recipe": str(args.recipe), **as_dict(findings)})
+    print_findings(args.recipe, findings, time.monotonic() - started)
+    if worst(findings) == "error":
+        raise SystemExit(1)
+
+
+def examine(recipe: Path, *, quick: bool = False, say: object = None) -> list[Finding]:
+    """The findings of a recipe; raises `UserError` for one that cannot be read.
+
+    quick: nothing is started. say: told what is done next.
+    """
+    from cascade.recipe import load_recipe
+
+    read = load_recipe(recipe)  # before anything heavy is imported
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    from cascade.doctor.examine import Examination, scratch_folder
+    from cascade.doctor.facts import Facts
+
+    logging.disable_progress_bar()
+    with scratch_folder() as scratch:
+        tell = say if callable(say) else _quiet
+        return Examination(Facts(read, scratch), quick=quick, say=tell).run()
+
+
+def print_findings(recipe: Path, findings: Sequence[Finding], seconds: float) -> None:
+    """The table on stdout, then what is wrong with its cure, a paragraph each."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"[bold]cascade doctor {escape(str(recipe))}[/bold]", soft_wrap=True)
+    table = Table(show_edge=False, pad_edge=False, header_style="dim")
+    table.add_column("", no_wrap=True)
+    table.add_column("check", no_wrap=True)
+    table.add_column("found", ratio=1, overflow="fold")
+    for finding in findings:
+        mark, style = _MARKS[finding.level]
+        where = f"\n[dim]{escape(finding.where)}[/dim]" if finding.where else ""
+        table.add_row(f"[{style}]{mark}[/{style}]", finding.code, f"{escape(finding.found)}{where}")
+    console.print(table)
+    _print_cures(console, findings)
+    counts = as_dict(findings)
+    told = f"{counts['error']} error(s), {counts['warning']} warning(s), {counts['ok']} ok"
+    console.print(f"\n{told}, in {seconds:.0f} s; what each code means: docs/doctor.md")
+
+
+def _print_cures(console: Console, findings: Sequence[Finding]) -> None:
+    from rich.markup import escape
+
+    for finding in findings:
+        if finding.level != "ok":
+            mark, style = _MARKS[finding.level]
+            console.print(f"\n[{style}]{mark}[/{style}] {finding.code}: {escape(finding.found)}")
+            console.print(f"  [bold]cure[/bold]: {escape(finding.cure)}")
+
+
+def _say(what: str) -> None:
+    print(f"doctor: {what} ...", file=sys.stderr, flush=True)
+
+
+def _quiet(what: str) -> None:
+    pass
+
+
+COMMAND = Command("doctor", "what of a recipe will not work, and the cure", add_arguments, run)
