@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
@@ -104,6 +105,26 @@ def judges(right: Callable[[dict[str, Any]], bool]) -> Answer:
     def answer(handler: Handler) -> None:
         data = json.loads(handler.body["messages"][-1]["content"])
         says(json.dumps({"correct": right(data)}))(handler)
+
+    return answer
+
+
+def replies(text_of: Callable[[list[dict[str, str]]], Any], after: float = 0.0) -> Answer:
+    """Says what a function says to a request's messages."""
+    return lambda handler: says(text_of(handler.body["messages"]), after)(handler)
+
+
+def stumbles(well: Answer, faults: list[Answer]) -> Answer:
+    """Each request meets a fault before it is answered well: which one, its content decides."""
+    met: set[str] = set()
+
+    def answer(handler: Handler) -> None:
+        text = json.dumps(handler.body["messages"])
+        with handler.server.lock:
+            again = text in met
+            met.add(text)
+        fault = faults[int(hashlib.sha256(text.encode()).hexdigest(), 16) % len(faults)]
+        (well if again else fault)(handler)
 
     return answer
 

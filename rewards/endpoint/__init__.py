@@ -3,6 +3,7 @@
 from rewards.endpoint.cache import ReplyCache as ReplyCache
 from rewards.endpoint.cache import ReplyCacheError as ReplyCacheError
 from rewards.endpoint.client import INSTALL as INSTALL
+from rewards.endpoint.client import Again as Again
 from rewards.endpoint.client import Answer as Answer
 from rewards.endpoint.client import Endpoint as Endpoint
 from rewards.endpoint.client import Failures as Failures

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -104,7 +105,8 @@ class Endpoint:
     must be set, and local servers take any text. timeout: seconds to wait for the connection, for
     the response to begin, and for all of it. max_retries: how often a request is sent again after
     the first time, whatever went wrong; after a failure it waits 0.5, 1, 2 .. 8 seconds, or as long
-    as the server's Retry-After says (up to two minutes); after HTTP 429 all requests wait.
+    as the server's Retry-After says (up to two minutes); after HTTP 429 all requests wait, and for
+    `patience` seconds of a request these do not count as retries.
     max_concurrency: requests at a time, of this process. max_tokens: of a reply. cache: a file to
     keep replies in, which processes may share. option: how the user writes an option of these
     names, for errors; role: what the endpoint is to the user. A proxy of the environment is used
@@ -120,6 +122,7 @@ class Endpoint:
         api_key_env: str = "OPENAI_API_KEY",
         timeout: float = 30.0,
         max_retries: int = 2,
+        patience: float = 0.0,
         max_concurrency: int = 8,
         max_tokens: int = 1024,
         max_characters: int = MAX_CHARACTERS,
@@ -141,12 +144,15 @@ class Endpoint:
         ]:
             if value < least:
                 raise ValueError(f"{option(name)} is {value}, at least {least}")
+        if not 0 <= patience < 86_400:
+            raise ValueError(f"{option('patience')} is {patience:g}; seconds, 0 or more")
         if not 0 < timeout < 86_400:
             raise ValueError(f"{option('timeout')} is {timeout:g}; seconds, more than 0")
         self.base_url = base_url
         self.model = model
         self.timeout = timeout
         self.max_retries = max_retries
+        self.patience = patience
         self.max_concurrency = max_concurrency
         self.max_tokens = max_tokens
         self.max_characters = max_characters
@@ -302,11 +308,10 @@ class Endpoint:
         """Ask until a reply can be read, at most 1 + max_retries times: the reply, its value."""
         if len(request["messages"][-1]["content"]) > self.max_characters:
             return "", Answer(None, f"not asked, over {self.max_characters} characters")
-        first = request
+        first, attempt, limited = request, 0, 0
         answer: Answer[Value] = Answer(None, "not asked, the run was stopped")
-        for attempt in range(1 + self.max_retries):
-            if not self._gate.passed():
-                return "", answer
+        end = time.monotonic() + self.patience
+        while attempt <= self.max_retries and self._gate.passed():
             with self._lock:
                 self.traffic.requests += 1
             response = exchange(self._client, request, self.timeout)
@@ -316,18 +321,25 @@ class Endpoint:
                 if value is not None:
                     return response.text, Answer(value)
                 answer = Answer(None, fault, replied=True)
-                if reader.again is not None and fault is not None and not response.cut:
+                if response.cut and reader.whole:
+                    break  # it would be cut again
+                if reader.again is not None and fault is not None:
                     request = reader.again(first, response.text, fault)
             elif not response.try_again:
                 break
-            elif attempt < self.max_retries:
-                self._wait(response, attempt)
+            if response.rate_limited and time.monotonic() < end:
+                limited += 1
+            else:
+                attempt += 1
+            if response.text is None and attempt <= self.max_retries:
+                self._wait(response, limited if response.rate_limited else attempt)
         return "", answer
 
-    def _wait(self, response: Response, attempt: int) -> None:
+    def _wait(self, response: Response, number: int) -> None:
+        """Wait after the `number`th failure of a request, all requests if there are too many."""
         seconds = response.retry_after
         if seconds is None:
-            seconds = min(_FIRST_WAIT * 2.0**attempt, _LONGEST_WAIT)
+            seconds = min(_FIRST_WAIT * 2.0 ** min(number - 1, 10), _LONGEST_WAIT)
         if response.rate_limited:
             with self._lock:
                 self.traffic.rate_limited += 1
@@ -346,8 +358,6 @@ class Gate:
 
     def hold(self, seconds: float) -> None:
         """Let nobody pass for so long."""
-        import time
-
         with self._lock:
             self._until = max(self._until, time.monotonic() + seconds)
 
@@ -357,8 +367,6 @@ class Gate:
 
     def passed(self) -> bool:
         """Wait for one's turn; False when the gate was closed for good."""
-        import time
-
         while not self._closed.is_set():
             with self._lock:
                 seconds = self._until - time.monotonic()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 MAX_REPLY = 1_000_000  # bytes of a response
 _LONGEST_RETRY_AFTER = 120.0  # seconds; a server that asks for more is not asked again
 _PASSING = (408, 409, 429)  # and from 500 on: statuses after which another try may go well
+_NO_MONEY = "insufficient_quota"  # which comes as HTTP 429 and does not pass
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ def exchange(client: OpenAI, request: dict[str, Any], timeout: float) -> Respons
 
 def _status_response(status: int, message: str, headers: Mapping[str, str]) -> Response:
     seconds = retry_after(headers)
-    passing = status in _PASSING or status >= 500
+    passing = (status in _PASSING or status >= 500) and _NO_MONEY not in message
     return Response(
         text=None,
         reason=f"HTTP {status}",
         detail=" ".join(message.split())[:300],
         try_again=passing and (seconds is None or seconds <= _LONGEST_RETRY_AFTER),
         retry_after=seconds,
-        rate_limited=status == 429,
+        rate_limited=status == 429 and passing,
     )
 
 

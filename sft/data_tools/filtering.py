@@ -15,6 +15,7 @@ from typing import Any
 
 from internvl.data import Row
 from rewards.endpoint import Answer, Endpoint, Failures
+from sft.data_tools.asking import tell_fault
 from sft.data_tools.inputs import Part, row_key
 from sft.data_tools.rules import RULES, Finding, find_findings
 from sft.data_tools.scores import (
@@ -31,6 +32,7 @@ from sft.data_tools.scores import (
 )
 from sft.data_tools.working import Decision
 
+_AGAIN = tell_fault("Reply with the JSON object alone.")
 REPETITION_RULES = [rule.name for rule in RULES if rule.repetition]
 
 
@@ -122,14 +124,14 @@ class _Asked:
     def domain(self) -> str | None:
         """The domain that the model names, None where it does not."""
         request = self._endpoint.request(messages(CLASSIFY_PROMPT, self._turns))
-        answer = self._endpoint.ask_one(request, read_domain, failures=self._failures)
+        answer = self._endpoint.ask_one(request, read_domain, again=_AGAIN, failures=self._failures)
         self._last = answer
         return answer.value
 
     def score(self, name: str, prompt: str) -> Score | None:
         """A score, None where there is none."""
         request = self._endpoint.request(messages(prompt, self._turns))
-        answer = self._endpoint.ask_one(request, read_score, failures=self._failures)
+        answer = self._endpoint.ask_one(request, read_score, again=_AGAIN, failures=self._failures)
         self._last = answer
         if answer.value is not None:
             self.told.setdefault("scores", {})[name] = answer.value.score

@@ -49,6 +49,9 @@ def add_endpoint(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
     add("--max-retries", type=int, default=6, metavar="N",
         help="times that a request is sent again, whatever went wrong; in between it waits 0.5 to "
         "8 seconds, or as long as Retry-After says (default: %(default)s)")  # fmt: skip
+    add("--patience", type=float, default=600.0, metavar="S",
+        help="seconds in all that a request is sent again while the server says that there are too "
+        "many (HTTP 429); these do not count as retries (default: %(default)g)")  # fmt: skip
     add("--max-tokens", type=int, default=max_tokens, metavar="N",
         help="of a reply; a model that thinks needs more (default: %(default)s)")  # fmt: skip
     add("--max-characters", type=int, default=MAX_CHARACTERS, metavar="N",
@@ -72,6 +75,7 @@ def open_endpoint(args: argparse.Namespace) -> Endpoint:
             api_key_env=args.api_key_env,
             timeout=args.timeout,
             max_retries=args.max_retries,
+            patience=args.patience,
             max_concurrency=args.workers,
             max_tokens=args.max_tokens,
             max_characters=args.max_characters,
