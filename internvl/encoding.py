@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from internvl.augmentation import JpegAugmentation, recompress
 from internvl.chat import (
     Encoded,
     Message,
@@ -28,6 +30,7 @@ from internvl.positions import draw_steps
 from internvl.tiling import count_tiles, processor_tile_size
 
 if TYPE_CHECKING:
+    from PIL import Image
     from transformers import InternVLProcessor
 
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -45,6 +48,17 @@ def history_messages(row: Row) -> list[Message]:
     return messages
 
 
+def _draw_key(row: Row) -> str:
+    """What all that is drawn for a sample is drawn by: its texts, wherever it lies."""
+    texts = [row.data.get(name) for name in _TEXTS]
+    return json.dumps(texts + ([row.data["history"]] if row.data.get("history") else []))
+
+
+def _number(text: str) -> int:
+    """A text as a number that torch can hold."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
+
+
 @dataclass
 class Encoder:
     """Encodes rows of any kind with one processor.
@@ -52,7 +66,8 @@ class Encoder:
     max_tiles: tile budget of a prompt whose row names none. max_length: tokens that a prompt and
     its longest completion may have together. position_steps: how far a visual token moves the
     position on (`internvl.positions`); of several, each image's is drawn by the row's text and
-    `seed`.
+    `seed`. augmentation: of the images of pairs and conversations that are trained on; None for all
+    else (evaluation, sampling).
     """
 
     processor: InternVLProcessor
@@ -60,14 +75,15 @@ class Encoder:
     max_length: int = 2**31
     position_steps: tuple[float, ...] = (1.0,)
     seed: int = 0
+    augmentation: JpegAugmentation | None = None
 
     def completions(self, row: Row, completions: Sequence[list[int]]) -> Example:
         """A question (or pair) row's prompt with the given completions' ids."""
-        return self._example(row, self._prompt(row), completions)
+        return self._example(row, self._prompt(row, row.load_images()), completions)
 
     def pair(self, row: Row) -> Example:
         """A preference pair: completion 0 is chosen, completion 1 rejected."""
-        prompt = self._prompt(row, history_messages(row))
+        prompt = self._prompt(row, self._training_images(row), history_messages(row))
         return self._example(row, prompt, self._replies(row, prompt.text))
 
     def conversation(self, row: Row) -> Example:
@@ -76,7 +92,7 @@ class Encoder:
         Only the assistant's turns (with their end-of-turn token) are scored.
         """
         tiles, counts = cut_tiles(
-            self.processor, row.load_images(), row.tile_budget(self.max_tiles)
+            self.processor, self._training_images(row), row.tile_budget(self.max_tiles)
         )
         encoded = self._encode_conversation(row, counts)
         first = encoded.loss_mask.index(True)
@@ -87,13 +103,29 @@ class Encoder:
             encoded.image_slots,
             loss_masks=[encoded.loss_mask[first:]],
             slot_steps=self._slot_steps(row, counts),
+            draw=_number(f"{self.seed}/{_draw_key(row)}"),
         )
 
-    def _prompt(self, row: Row, history: Sequence[Message] = ()) -> Prompt:
+    def augments(self, row: Row) -> bool:
+        """Whether a row's images are compressed before they are cut; a video's frames never are."""
+        images = bool(row.images) and not row.num_frames
+        return images and self.augmentation is not None and self.augmentation.takes(row.augment)
+
+    def _training_images(self, row: Row) -> list[Image.Image]:
+        """The images, augmented where that was asked for."""
+        images = row.load_images()
+        if self.augmentation is None or not self.augments(row):
+            return images
+        qualities = self.augmentation.draw(len(images), key=_draw_key(row), seed=self.seed)
+        return [recompress(*drawn) for drawn in zip(images, qualities, strict=True)]
+
+    def _prompt(
+        self, row: Row, images: Sequence[Image.Image], history: Sequence[Message] = ()
+    ) -> Prompt:
         return encode_prompt(
             self.processor,
             row.prompt_text(row.data["question"]),
-            row.load_images(),
+            images,
             row.tile_budget(self.max_tiles),
             row.data.get("system"),
             history,
@@ -130,16 +162,20 @@ class Encoder:
         """The position step of each image slot, or None where all are 1."""
         if self.position_steps == (1.0,):
             return None
-        texts = [row.data.get(name) for name in _TEXTS]
-        key = json.dumps(texts + ([row.data["history"]] if row.data.get("history") else []))
-        steps = draw_steps(self.position_steps, len(tile_counts), key=key, seed=self.seed)
+        steps = draw_steps(
+            self.position_steps, len(tile_counts), key=_draw_key(row), seed=self.seed
+        )
         tokens = [count * self.processor.image_seq_length for count in tile_counts]
         return [step for step, n in zip(steps, tokens, strict=True) for _ in range(n)]
 
     def length(self, row: Row, kind: Kind, sizes: Sizes | None = None) -> int:
-        """Tokens of a row's prompt and longest completion; of its images only the size is read.
+        """Tokens of a row's prompt and longest completion; see `size`."""
+        return self.size(row, kind, sizes)[0]
 
-        sizes: of the images, where they are known.
+    def size(self, row: Row, kind: Kind, sizes: Sizes | None = None) -> tuple[int, int]:
+        """Tokens of a row's prompt and longest completion, and its tiles.
+
+        Of its images only the size is read. sizes: of the images, where they are known.
         """
         sizes = row.image_sizes() if sizes is None else sizes
         without = [0] * len(sizes)  # images of no tile: what is left is the text
@@ -158,7 +194,11 @@ class Encoder:
         tiles = sum(
             count_tiles(*size, max_tiles=settings["max_patches"], tile_size=side) for size in sizes
         )
-        return text_tokens + tiles * self.processor.image_seq_length
+        return text_tokens + tiles * self.processor.image_seq_length, tiles
+
+    def limits(self) -> list[object]:
+        """What decides, besides processor and row, whether a row can be trained on."""
+        return [self.max_tiles, self.max_length]
 
     def fault(self, row: Row, kind: Kind, room: int = 0) -> str | None:
         """Why a row cannot be trained on, or None: its images and its length are looked at.
@@ -171,7 +211,7 @@ class Encoder:
     def length_fault(
         self, row: Row, kind: Kind, room: int = 0, sizes: Sizes | None = None
     ) -> str | None:
-        """Why a row whose images are good cannot be trained on, or None; see `fault`, `length`."""
+        """Why a row whose images are good cannot be trained on, or None; see `fault`, `size`."""
         try:
             length = self.length(row, kind, sizes)
         except DataError as error:

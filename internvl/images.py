@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 ImageSource = Path | bytes  # a file, or the encoded bytes of one
 
 MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own limit: above it an image is taken for a bomb
-# Above it a line of pixels is blown up to gigabytes before the tiles are cut (JPEG's own limit)
-MAX_IMAGE_SIDE = 65_535
+# Above it a line of pixels is blown up to gigabytes before the tiles are cut (libjpeg's own limit:
+# every picture that is read here can be compressed again)
+MAX_IMAGE_SIDE = 65_500
 
 # What is tried on a file, whatever its extension says. Not in it: formats that start a program
 # (EPS), and those without a signature, which would make a picture of any bytes.

@@ -31,7 +31,7 @@ class Example:
     completion. loss_masks: True where a completion's token is scored (None: everywhere).
     slot_steps: how far each of image_slots moves the position on (None: 1, as any token).
     vision_features: [X, P, D], the vision tower's of the prompt's tiles where it need not run again
-    (tiles is then empty).
+    (tiles is then empty). draw: a number that random draws for this sample go by (see `tile_keys`).
     """
 
     prompt_ids: list[int]
@@ -43,6 +43,7 @@ class Example:
     loss_masks: list[list[bool]] | None = None
     slot_steps: list[float] | None = None
     vision_features: Tensor | None = None
+    draw: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -80,6 +81,7 @@ class PackedBatch:
     token_values: {name: [N]}. example_index: [E], the examples' places in the step's batch. real:
     False for the filler that a rank runs when it has no micro-batch left; its completions are
     none, so every sum over it is 0. vision_features: [X, P, D] where the examples brought them.
+    tile_keys: int64 [X], what random draws for a tile go by: the same wherever it is packed.
     """
 
     input_ids: Tensor
@@ -97,6 +99,7 @@ class PackedBatch:
     example_index: Tensor
     real: bool = True
     vision_features: Tensor | None = None
+    tile_keys: Tensor | None = None
 
     @property
     def num_completions(self) -> int:
@@ -224,7 +227,14 @@ def pack(examples: Sequence[Example], indices: Sequence[int] | None = None) -> P
         token_values={name: torch.tensor(items) for name, items in token_values.items()},
         example_index=torch.tensor(indices, dtype=torch.long),
         vision_features=_cat_features(chosen),
+        tile_keys=torch.cat([tile_keys(e.draw, e.num_tiles) for e in chosen]),
     )
+
+
+def tile_keys(draw: int, tiles: int) -> Tensor:
+    """A key for each tile of a sample: int64 [tiles]; the product and the sum wrap around."""
+    numbers = torch.arange(tiles, dtype=torch.long)
+    return numbers * 0x632BE59BD9B4E019 + draw
 
 
 def _cat_features(examples: Sequence[Example]) -> Tensor | None:

@@ -50,7 +50,7 @@ def main() -> None:
         model=stage.model,
         args=args,
         train_dataset=stage.rows(args.train_file, "pair"),
-        eval_dataset=stage.rows(args.eval_file, "pair") if args.eval_file else None,
+        eval_dataset=stage.rows(args.eval_file, "pair", held_out=True) if args.eval_file else None,
         processing_class=stage.processor,
         peft_config=peft_config(model_args),
         encoder=stage.encoder,

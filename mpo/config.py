@@ -9,16 +9,16 @@ from typing import ClassVar
 
 from internvl.errors import UserError
 from mpo.loss_set import LOSSES, MPO_WEIGHTS, LossSet
-from training.arguments import Copies, PackedTrainingArguments
+from training.arguments import AugmentedArguments, Copies
 
 _SMOOTHED = [name for name, loss in LOSSES.items() if loss.reads_label_smoothing]
 
 
 @dataclass
-class MPOConfig(PackedTrainingArguments):
-    """Options of mixed preference optimisation; see PackedTrainingArguments for the common ones."""
+class MPOConfig(AugmentedArguments):
+    """Options of mixed preference optimisation; see AugmentedArguments for the common ones."""
 
-    free_on_resume: ClassVar[frozenset[str]] = PackedTrainingArguments.free_on_resume | {
+    free_on_resume: ClassVar[frozenset[str]] = AugmentedArguments.free_on_resume | {
         "reference_cache_dir"
     }
 

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from internvl.data import Row
+from internvl.encoding import Encoder
 from internvl.errors import UserError
 from internvl.packing import Example, PackedBatch
 from mpo.reference_cache import Digests, ReferenceCache, Values
@@ -132,9 +133,13 @@ class Reference:
         self._digests(rows, name)
         return rows
 
-    def encode(self, pair: Any) -> Example:
+    def encode(self, pair: Any, encoder: Encoder) -> Example:
         """A pair as one prompt with two completions."""
-        return self._trainer.encoder.pair(pair)
+        return encoder.pair(pair)
+
+    def _encoder(self, name: str) -> Encoder:
+        """The one of the "train" pairs, or of the "eval" pairs, which are never augmented."""
+        return self._trainer.encoder if name == "train" else self._trainer.held_out_encoder
 
     def logps(self, batch: PackedBatch) -> Tensor:
         """The reference's log-probabilities of a batch's completions, [C]."""
@@ -156,7 +161,7 @@ class Reference:
     def _digests(self, rows: Sequence[Row], name: str) -> Digests:
         args = self._trainer.args
         mine = sample_digests(
-            *(rows, self._trainer.encoder),
+            *(rows, self._encoder(name)),
             rank=args.process_index,
             world_size=args.world_size,
             quiet=self._quiet,
@@ -212,7 +217,7 @@ class CachedReference(Reference):
         chunks = self._missing(order, values)
         if chunks:
             self._tell(name, sum(map(len, chunks)), len(samples))
-            self._pass(rows, samples, first, chunks, values)
+            self._pass(self._encoder(name), rows, samples, first, chunks, values)
         return ScoredPairs(rows, values[inverse])
 
     def _missing(self, order: npt.NDArray[np.intp], values: Values) -> list[npt.NDArray[np.intp]]:
@@ -234,6 +239,7 @@ class CachedReference(Reference):
 
     def _pass(
         self,
+        encoder: Encoder,
         rows: Sequence[Row],
         samples: Digests,
         first: npt.NDArray[np.intp],
@@ -247,7 +253,7 @@ class CachedReference(Reference):
         if device != args.device:  # where FSDP is to shard it, it still lies on the CPU
             self._model.to(args.device)
         scored = np.zeros_like(values)
-        loader = self._loader(rows, [first[chunk].tolist() for chunk in mine])
+        loader = self._loader(encoder, rows, [first[chunk].tolist() for chunk in mine])
         total = sum(map(len, mine)) * args.world_size
         bar = tqdm(total=total, desc="reference log-probs", unit="pair", disable=self._quiet)
         with bar:
@@ -263,13 +269,15 @@ class CachedReference(Reference):
         missing = np.concatenate(chunks)
         values[missing] = self._summed(scored[missing])
 
-    def _loader(self, rows: Sequence[Row], chunks: list[list[int]]) -> DataLoader[Any]:
+    def _loader(
+        self, encoder: Encoder, rows: Sequence[Row], chunks: list[list[int]]
+    ) -> DataLoader[Any]:
         args = self._trainer.mpo_args
         return DataLoader(
             rows,  # type: ignore[arg-type]  # a sequence is all that is asked for
             batch_sampler=chunks,
             collate_fn=StepCollator(
-                self._trainer.encoder.pair,
+                encoder.pair,
                 lambda examples: {"examples": float(len(examples))},
                 args.max_tokens_per_microbatch,
                 args.max_tiles_per_microbatch,
@@ -290,9 +298,9 @@ class CachedReference(Reference):
                     "log-probabilities of its completions"
                 )
 
-    def encode(self, pair: ScoredPair) -> Example:
+    def encode(self, pair: ScoredPair, encoder: Encoder) -> Example:
         """A pair with its reference log-probabilities."""
-        example = super().encode(pair.row)
+        example = super().encode(pair.row, encoder)
         example.completion_values["ref_logps"] = [pair.ref_chosen_logps, pair.ref_rejected_logps]
         return example
 

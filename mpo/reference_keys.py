@@ -124,20 +124,22 @@ def _hash(facts: object) -> str:
 
 
 def sample_digest(row: Row, encoder: Encoder) -> bytes:
-    """SHA-256 of a pair: its texts, its images' bytes, its tile budget and its V2PE draw."""
+    """SHA-256 of a pair: texts, images' bytes, tile budget, V2PE draw and augmentation's draw."""
     media = [hashlib.sha256(encoded).hexdigest() for encoded in row.encoded_media()]
     steps: list[float] | None = None
     if media and encoder.position_steps != (1.0,):
         steps = [*encoder.position_steps]
         if len(steps) > 1:  # the draw is made from these, the texts and the seed
             steps.append(encoder.seed)
-    facts = [
+    facts: list[Any] = [
         [row.data.get(name) for name in TEXTS],
         media,
         row.num_frames,
         row.tile_budget(encoder.max_tiles) if media else None,
         steps,
     ]
+    if encoder.augmentation is not None and encoder.augments(row):
+        facts.append(["jpeg", *encoder.augmentation.quality, encoder.seed])
     return bytes.fromhex(_hash(facts))
 
 

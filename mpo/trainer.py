@@ -65,7 +65,11 @@ class MPOTrainer(PackedTrainer):
 
     def encode(self, row: Any) -> Example:
         """A pair as one prompt with two completions and their reference log-probabilities."""
-        return self.reference.encode(row)
+        return self.reference.encode(row, self.encoder)
+
+    def encode_held_out(self, row: Any) -> Example:
+        """The same of a pair that is evaluated on, its images as they are."""
+        return self.reference.encode(row, self.held_out_encoder)
 
     def count(self, examples: Sequence[Example]) -> dict[str, float]:
         """The number of pairs."""

@@ -42,11 +42,14 @@ def main() -> None:
     )
     with collector_paused():
         from sft.trainer import SFTTrainer
+        from sft.vision import check_vision_from, take_vision
         from training.stage import check_eval_file, check_files, open_stage, save_config
 
+    graft = check_vision_from(args, model_args)
     check_files(args.train_file, args.eval_file)
     check_eval_file(args, args.eval_file)
     stage = open_stage(model_args, args)
+    take_vision(stage.model, graft, args)
     trainer = SFTTrainer(
         model=stage.model,
         args=args,
@@ -54,7 +57,9 @@ def main() -> None:
             *(args.train_file, "conversation"),
             checked=args.check_rows == "before",
         ),
-        eval_dataset=stage.rows(args.eval_file, "conversation") if args.eval_file else None,
+        eval_dataset=stage.rows(args.eval_file, "conversation", held_out=True)
+        if args.eval_file
+        else None,
         processing_class=stage.processor,
         peft_config=peft_config(model_args),
         encoder=stage.encoder,

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 
 from internvl.errors import UserError
 from sft.losses import EXPONENTS
-from training.arguments import PackedTrainingArguments
+from sft.presets import apply_stage, asked_parts, check_vision_options
+from training.arguments import AugmentedArguments
 
 _CONSTANT = ("linear", "constant", "constant_with_warmup")  # the first is transformers' default
 
 
 @dataclass
-class SFTConfig(PackedTrainingArguments):
+class SFTConfig(AugmentedArguments):
     """Options of supervised fine-tuning; see PackedTrainingArguments for the common ones."""
 
     train_file: str = field(
@@ -46,8 +47,33 @@ class SFTConfig(PackedTrainingArguments):
         default=40, metadata={"help": "Steps of linear decay to 0 after stop_gold_probability."}
     )
 
+    # what is trained of which model (sft/presets.py)
+    stage: str | None = field(
+        default=None,
+        metadata={
+            "help": "A published stage, which says what is trained: 'mlp_warmup' (the projector), "
+            "'vit_incremental' (ViT and projector) or 'full'. By default all that is not frozen."
+        },
+    )
+    vit_drop_path: float = field(
+        default=0.0,
+        metadata={
+            "help": "Stochastic depth of the vision tower: chance that its last block is left out "
+            "of a tile's way in training, rising from 0 at its first block."
+        },
+    )
+    vision_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Progressive scaling: an InternVL checkpoint whose vision tower and projector "
+            "are put under the language model of model_name_or_path."
+        },
+    )
+
     def __post_init__(self) -> None:
         """Check the options that belong together."""
+        apply_stage(self)
+        check_vision_options(self)
         if not self.train_file:
             raise UserError("train_file is missing: the JSONL (or meta.json) of conversations")
         if self.check_rows not in ("before", "when_used"):
@@ -74,3 +100,8 @@ class SFTConfig(PackedTrainingArguments):
             if not 0 < self.stop_gold_probability < 1:
                 raise UserError("stop_gold_probability is a probability, between 0 and 1")
         super().__post_init__()
+
+    @property
+    def asked_parts(self) -> tuple[str, ...]:
+        """The parts that `stage` names: each must be trained."""
+        return asked_parts(self.stage)

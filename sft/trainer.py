@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from internvl.data import Row
+from internvl.drop_path import DropPath
 from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
 from sft.config import SFTConfig
@@ -82,12 +85,18 @@ class StopWhenLearned(TrainerCallback):
 class SFTTrainer(PackedTrainer):
     """Supervised fine-tuning of InternVL on conversations (rows of kind "conversation")."""
 
+    loss_count = "weight"
     progress_metrics = ("loss", "eval_gold_probability")
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._schedule: CooldownSchedule | None = None
         config = self.sft_args
+        self._drop_path: DropPath | None = None
+        if config.vit_drop_path:
+            whole: Any = self.model
+            base = whole.get_base_model() if isinstance(whole, PeftModel) else whole
+            self._drop_path = DropPath(base, config.vit_drop_path)
         if config.check_rows == "when_used":
             self.late_checks = LateChecks(
                 late_quarantine(config),
@@ -111,6 +120,10 @@ class SFTTrainer(PackedTrainer):
         """A conversation as one prompt with one completion."""
         return self.encoder.conversation(row)
 
+    def encode_held_out(self, row: Row) -> Example:
+        """The same of a conversation that is evaluated on, its images as they are."""
+        return self.held_out_encoder.conversation(row)
+
     def count(self, examples: Sequence[Example]) -> dict[str, float]:
         """Examples, and the total weight of their response tokens."""
         lengths = [sum(mask) for e in examples if e.loss_masks for mask in e.loss_masks]
@@ -132,6 +145,22 @@ class SFTTrainer(PackedTrainer):
         metrics.mean("mean_token_logprob", scores.logprobs)
         metrics.mean("gold_probability", batch.sum_by_completion(scores.logprobs.detach()).exp())
         return loss, metrics
+
+    def score(self, model: nn.Module, batch: PackedBatch) -> TokenScores:
+        """PackedTrainer's, the drop path of the batch's tiles drawn before."""
+        if self._drop_path is not None and self.model.training:
+            keys = batch.tile_keys
+            if keys is None or not len(keys):
+                keys = torch.zeros(1, dtype=torch.long)  # of the tile that stands for none
+            self._drop_path.draw(keys.to(self.args.device), self.state.global_step)
+        return super().score(model, batch)
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        """Transformers' epoch; augmentation draws anew in each, as it is published."""
+        augmentation = self.encoder.augmentation
+        if augmentation is not None:  # before the loader's workers are forked
+            self.encoder = replace(self.encoder, augmentation=replace(augmentation, epoch=epoch))
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def stage_state(self) -> dict[str, Any]:
         """How many rows were seen, and were bad, where they are checked when they are used."""

@@ -315,6 +315,7 @@ def make_trainer(
     output: Path,
     rows: Sequence[Row],
     recorded: Recorded,
+    /,
     *,
     peft_config: Any = None,
     **options: Any,
@@ -345,7 +346,9 @@ def make_trainer(
     )
 
 
-def train(stage: str, model: Path, output: Path, rows: Sequence[Row], **options: Any) -> Recorded:
+def train(
+    stage: str, model: Path, output: Path, rows: Sequence[Row], /, **options: Any
+) -> Recorded:
     """Train to the end and return what was recorded."""
     recorded = Recorded()
     trainer = make_trainer(stage, model, output, rows, recorded, **options)

@@ -93,6 +93,7 @@ TOKEN = {
     "max_resample_times": 1,
     "freeze_vit": True,
 }
+AUGMENTED = {"loss_average": "sample", "vit_drop_path": 0.5, "jpeg_quality": [20, 40]}
 UNEVEN = ([3, 3], [3, 1])
 EMPTY = ([3, 2], [3, 0])
 CASES = {
@@ -103,6 +104,7 @@ CASES = {
     "mpo-no-reference": Case("mpo", 8, 3, EMPTY, {"loss_type": ["orpo", "sft"]}),
     "sft-uneven-last": Case("sft", 10, 3, UNEVEN, {"loss_average": "token"}),
     "sft-empty-last": Case("sft", 8, 3, EMPTY, {"num_train_epochs": 2}),
+    "sft-augmented": Case("sft", 10, 3, UNEVEN, AUGMENTED),
     "sft-frozen": Case("sft", 8, 3, EMPTY, {"freeze_vit": True, "freeze_projector": True}),
     "rl": Case("rl", 6, 2, ([2] * 4, [2] * 4), {**RL, "steps_per_generation": 2}),
     "rl-token": Case("rl", 6, 2, ([2] * 4, [2] * 4), {**RL, **TOKEN, "steps_per_generation": 2}),

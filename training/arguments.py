@@ -10,6 +10,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 
 from internvl.attention import Case, check_backend
+from internvl.augmentation import check_qualities
 from internvl.errors import UserError
 from internvl.positions import check_step
 
@@ -239,6 +240,11 @@ class PackedTrainingArguments(TrainingArguments):
         return Copies()
 
     @property
+    def asked_parts(self) -> tuple[str, ...]:
+        """Parts, as options call them, of which an adapter, too, must train something."""
+        return ()
+
+    @property
     def scores_entropy(self) -> bool:
         """Whether a training step asks for the entropy of the scored tokens."""
         return False
@@ -276,3 +282,23 @@ class PackedTrainingArguments(TrainingArguments):
                 f"inference_position_step is {after:g}, which is not among position_steps "
                 f"({steps}): nothing would be trained for it"
             )
+
+
+@dataclass
+class AugmentedArguments(PackedTrainingArguments):
+    """Options of a stage that trains on given texts, so that their images may be augmented."""
+
+    jpeg_quality: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Random JPEG compression of training images (not of a video's frames), as "
+            "lowest and highest quality: 75 100. By default only of data sets whose entry in "
+            "meta.json says data_augment: true, at 75 to 100; one that says false keeps out."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the qualities."""
+        if self.jpeg_quality is not None:
+            check_qualities(self.jpeg_quality)
+        super().__post_init__()

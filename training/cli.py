@@ -193,14 +193,28 @@ def parse_config(
 
 
 def _check_together(parsed: Sequence[Any]) -> None:
-    """Refuse a part that is to be frozen and adapted, before a model is loaded."""
+    """Refuse a part to be frozen and adapted, or trained and not, before a model is loaded."""
     stage = next((args for args in parsed if isinstance(args, PackedTrainingArguments)), None)
     model = next((args for args in parsed if isinstance(args, ModelArguments)), None)
     if stage is None or model is None or not model.use_peft or model.lora_target_modules:
         return  # names of modules are looked at when the adapter is on the model
     for part in model.lora_parts:
         if getattr(stage, f"freeze_{part}"):
-            raise UserError(f"freeze_{part} is set, but lora_parts has {part}")
+            cause = (
+                f"the stage freezes the {part}" if stage.asked_parts else f"freeze_{part} is set"
+            )
+            raise UserError(f"{cause}, but lora_parts has {part}")
+    if model.lora_modules_to_save or model.goes_on:
+        return
+    for part in stage.asked_parts:
+        if part not in model.lora_parts:
+            name = f"{part} in lora_parts"
+            if part == "projector":
+                name = "multi_modal_projector in lora_modules_to_save"
+            raise UserError(
+                f"the stage trains the {part}, but the adapter has nothing of it: name {name}, or "
+                "leave the stage out"
+            )
 
 
 def _config_apart(argv: Sequence[str]) -> list[str]:

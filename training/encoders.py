@@ -5,11 +5,12 @@ from __future__ import annotations
 from peft import PeftConfig
 from transformers import InternVLProcessor
 
+from internvl.augmentation import JpegAugmentation, check_qualities
 from internvl.encoding import Encoder
 from internvl.errors import UserError
 from internvl.model import InternVLForConditionalGeneration
 from internvl.positions import checkpoint_step
-from training.arguments import PackedTrainingArguments
+from training.arguments import AugmentedArguments, PackedTrainingArguments
 
 
 def make_encoder(
@@ -28,7 +29,16 @@ def make_encoder(
     if args.tf32 and any(step != 1 for step in steps):
         raise UserError(f"tf32 is on, which can round fractional positions (V2PE: {steps}) away")
     seed = args.seed if args.data_seed is None else args.data_seed
-    return Encoder(processor, args.max_tiles, limit, tuple(steps), seed)
+    return Encoder(processor, args.max_tiles, limit, tuple(steps), seed, make_augmentation(args))
+
+
+def make_augmentation(args: PackedTrainingArguments) -> JpegAugmentation | None:
+    """What is done to training images; a stage without the option leaves all as they are."""
+    if not isinstance(args, AugmentedArguments):
+        return None
+    if args.jpeg_quality is None:
+        return JpegAugmentation()
+    return JpegAugmentation(check_qualities(args.jpeg_quality), unless_said=True)
 
 
 def set_checkpoint_step(

@@ -74,6 +74,11 @@ def check_parts(model: nn.Module, args: PackedTrainingArguments) -> dict[str, Co
         for option in (f"{short}_learning_rate", f"{short}_layer_decay"):
             if getattr(args, option, None) is not None and not count.trained:
                 raise UserError(f"{option} is given, but nothing of the {part} is trained")
+        if short in args.asked_parts and not count.trained:
+            raise UserError(
+                f"the stage trains the {part}, but the adapter has nothing of it: name it in "
+                "lora_parts or lora_modules_to_save, or leave the stage out"
+            )
     if not any(count.trained for count in counts.values()):
         raise UserError("nothing is trained: every part of the model is frozen")
     return counts

@@ -20,6 +20,7 @@ from internvl.data import (
     Quarantine,
     RecordFault,
     Row,
+    Rows,
     check_input,
     read_rows,
     usable_rows,
@@ -29,7 +30,7 @@ from internvl.data.checks import Faults, Ranks
 from internvl.encoding import Encoder
 from internvl.errors import UserError
 from internvl.model import InternVLForConditionalGeneration
-from training.arguments import PackedTrainingArguments
+from training.arguments import AugmentedArguments, PackedTrainingArguments
 from training.attention import check_checkpoint_attention
 from training.cli import ModelArguments
 from training.encoders import make_encoder
@@ -55,11 +56,14 @@ class Stage:
         room: int = 0,
         record_fault: RecordFault | None = None,
         checked: bool = True,
+        held_out: bool = False,
+        encoder: Encoder | None = None,
     ) -> Sequence[Row]:
         """The usable rows of a file; the others go to the quarantine with their reason.
 
         room, record_fault: see `usable_rows`. `max_bad` holds for each file. checked: False leaves
-        all checks to the trainer (`LateChecks`).
+        all checks to the trainer (`LateChecks`). held_out: rows to be evaluated on. encoder: what
+        they are checked by, where it is not the stage's own.
         """
         first = self.args.process_index == 0
         # one process writes; the others find the same rows and only count them
@@ -69,11 +73,13 @@ class Stage:
         rows = read_rows(
             file, kind=kind, quarantine=quarantine, image_root=root, checked=checked, quiet=quiet
         )
+        if not held_out:
+            refuse_unaugmented(self.args, file, rows)
         if not checked:
             return rows
         good = usable_rows(
             rows,
-            self.encoder,
+            encoder or self.encoder,
             kind,
             quarantine,
             quiet=quiet,
@@ -85,6 +91,16 @@ class Stage:
         if quarantine.count and first:
             print(f"{file}: {quarantine.count} bad rows so far, see {quarantine.path}")
         return good
+
+
+def refuse_unaugmented(args: PackedTrainingArguments, file: str, rows: Rows) -> None:
+    """Raise `UserError` where the augmentation that was asked for would touch no row."""
+    asked = isinstance(args, AugmentedArguments) and args.jpeg_quality is not None
+    if asked and rows.never_augmented:
+        raise UserError(
+            f"jpeg_quality is given, but {file} says data_augment: false of all its data sets: "
+            "write true there, or take it out"
+        )
 
 
 def gather_by_number(mine: Faults) -> Faults:

@@ -59,6 +59,8 @@ class PackedTrainer(ResumableTrainer):
     # the names that every Example of the stage carries, for the filler of an idle rank
     completion_value_names: tuple[str, ...] = ()
     token_value_names: tuple[str, ...] = ()
+    # the count that the loss is a mean over: a set's loss is the mean of its batches' by it
+    loss_count = "examples"
     # the metrics on the progress bar
     progress_metrics: tuple[str, ...] = ("loss",)
     late_checks: LateChecks | None = None  # where rows are checked when they are used
@@ -92,6 +94,12 @@ class PackedTrainer(ResumableTrainer):
                 f"the encoder's position_steps are {self.encoder.position_steps}, those of the "
                 f"options and the checkpoint {own.position_steps}"
             )
+        if self.encoder.augmentation != own.augmentation:
+            raise UserError(
+                f"the encoder's augmentation is {self.encoder.augmentation}, that of the options "
+                f"{own.augmentation}"
+            )
+        self.held_out_encoder = replace(self.encoder, augmentation=None)
         set_checkpoint_step(internvl, args, peft_config or given)
         parts.freeze_parts(internvl, args)
         self._metrics = Metrics()
@@ -126,6 +134,10 @@ class PackedTrainer(ResumableTrainer):
     def encode(self, row: Any) -> Example:
         """A row of the stage's data set as an Example."""
         raise NotImplementedError
+
+    def encode_held_out(self, row: Any) -> Example:
+        """A row that is evaluated on: `encode` without augmentation, where a stage has one."""
+        return self.encode(row)
 
     def count(self, examples: Sequence[Example]) -> dict[str, float]:
         """Totals of these examples; `loss` receives their sums over micro-batches and ranks."""
@@ -189,7 +201,8 @@ class PackedTrainer(ResumableTrainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         if rows is None:
             raise UserError("evaluation needs an eval_dataset")
-        return self._step_loader(rows, self.args.per_device_eval_batch_size, False, self.collator)
+        collator = replace(self.collator, encode=self.encode_held_out)
+        return self._step_loader(rows, self.args.per_device_eval_batch_size, False, collator)
 
     # ---- the step ----
 
@@ -296,8 +309,8 @@ class PackedTrainer(ResumableTrainer):
     ) -> EvalLoopOutput:
         """Loss and metrics over a data set, in the same packing and by the same global counts.
 
-        The loss of each batch is normalised by that batch's counts, and the batches are averaged
-        by their number of examples; every metric is an exact mean over the whole set.
+        The loss of each batch is normalised by that batch's counts and weighed by `loss_count`, so
+        that loss and metrics are exact means over the whole set, whatever the batch size.
         """
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
@@ -314,7 +327,7 @@ class PackedTrainer(ResumableTrainer):
                 metrics.merge(part)
                 total += float(loss)
             # each rank adds its part of the sum, and its share of the count
-            weight = counts["examples"]
+            weight = counts[self.loss_count]
             metrics.ratio("loss", total * weight, weight / self.args.world_size)
         metrics.reduce(self.args.device)
         values = {f"{metric_key_prefix}_{name}": v for name, v in metrics.values().items()}

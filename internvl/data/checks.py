@@ -194,18 +194,18 @@ def usable_rows(
         quiet=quiet,
         record_fault=record_fault,
         length_fault=lambda row, sizes: encoder.length_fault(row, kind, room, sizes),
-        known=KnownRows(known_folder, _settings(encoder, kind, room), ranks.rank),
+        known=KnownRows(known_folder, settings_digest(encoder, kind, room), ranks.rank),
         ranks=ranks,
     )
     return put_aside(rows, faults, quarantine)
 
 
-def _settings(encoder: Encoder, kind: Kind, room: int) -> str:
+def settings_digest(encoder: Encoder, kind: Kind, room: int) -> str:
     """What decides, besides the row, whether it can be trained on."""
     processor = encoder.processor
     parts = [
         *(processor.tokenizer.backend_tokenizer.to_str(), str(processor.chat_template)),
         *(processor.image_processor.to_json_string(), processor.image_seq_length),
-        *(encoder.max_tiles, encoder.max_length, kind, room),
+        *(*encoder.limits(), kind, room),
     ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

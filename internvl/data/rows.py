@@ -36,7 +36,8 @@ class Row:
     where the file has no lines. image_root: the folder that relative paths of images and videos
     start from, and that no path may leave. max_tiles: the tile budget of its data set, if any.
     fault: what is wrong with the record, where it was not looked at before; nothing else may be
-    asked of such a row.
+    asked of such a row. augment: what its data set says of augmenting its images (None: nothing).
+    data_set: what meta.json calls its data set.
     """
 
     data: dict[str, Any]
@@ -45,6 +46,8 @@ class Row:
     image_root: Path
     max_tiles: int | None = None
     fault: str | None = None
+    augment: bool | None = None
+    data_set: str | None = None
 
     @property
     def images(self) -> list[str | bytes]:
@@ -58,6 +61,11 @@ class Row:
             return 0
         frames: int = self.data.get("num_frames") or DEFAULT_FRAMES
         return frames
+
+    @property
+    def is_text(self) -> bool:
+        """Whether there is no image and no video."""
+        return not self.images and not self.num_frames
 
     def image_sources(self) -> list[ImageSource]:
         """The images on disk or in memory; `load_images` refuses a path that leaves the root."""
@@ -75,13 +83,8 @@ class Row:
 
         Raises `DataError` with the path and the reason, also for a path that leaves the root.
         """
-        if self.fault is not None:
-            raise DataError(self.fault)
+        self.check_paths()
         video, sources = self.video_source(), self.image_sources()
-        # of a folder of frames each file: one may be a link that leads out
-        for path in [*([] if video is None else [video, *self._video_files()]), *sources]:
-            if isinstance(path, Path) and (fault := path_fault(path, self.image_root)):
-                raise DataError(fault)
         if video is None:
             return [load_image(source) for source in sources]
         from internvl.video import load_frames
@@ -90,6 +93,17 @@ class Row:
         if len(frames) != self.num_frames:
             raise DataError(f"{video}: {len(frames)} frames, expected {self.num_frames}")
         return frames
+
+    def check_paths(self) -> None:
+        """Raise `DataError` for a row with a fault, or with a path that leaves its root."""
+        if self.fault is not None:
+            raise DataError(self.fault)
+        video = self.video_source()
+        # of a folder of frames each file: one may be a link that leads out
+        videos = [] if video is None else [video, *self._video_files()]
+        for path in [*videos, *self.image_sources()]:
+            if isinstance(path, Path) and (fault := path_fault(path, self.image_root)):
+                raise DataError(fault)
 
     def media_files(self) -> list[Path]:
         """The files that the images and the video are read from, a folder's one by one."""

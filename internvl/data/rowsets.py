@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
@@ -28,6 +28,15 @@ from internvl.errors import DataError
 HOPELESS = 100_000  # records of which not one is good
 
 
+@dataclass(frozen=True)
+class Span:
+    """The rows of one data set in a sequence: their numbers, and what `meta.json` says of it."""
+
+    numbers: range
+    name: str | None = None
+    weight: float | None = None
+
+
 class RowSequence(Sequence[Row]):
     """Rows by number; a slice is a view."""
 
@@ -38,6 +47,10 @@ class RowSequence(Sequence[Row]):
     def fingerprint(self) -> str | None:
         """What tells these rows from others; see `internvl.data.fingerprint`."""
         raise NotImplementedError
+
+    def spans(self) -> list[Span]:
+        """The data sets that the rows are of, in order."""
+        return [Span(range(len(self)))]
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -55,11 +68,12 @@ class RowSequence(Sequence[Row]):
 
 
 class Selection(RowSequence):
-    """Some rows of others, by their numbers there."""
+    """Some rows of others, by their numbers there, which ascend (or are a slice's)."""
 
     def __init__(self, rows: Sequence[Row], numbers: Sequence[int]):
         self._rows = rows
         self._numbers = numbers
+        self._ascending = not isinstance(numbers, range) or numbers.step > 0
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -72,6 +86,17 @@ class Selection(RowSequence):
         """The whole's, and the numbers."""
         whole = fingerprint(self._rows)
         return None if whole is None else digest_of([whole, *self._numbers])
+
+    def spans(self) -> list[Span]:
+        """What is left of each data set; of rows that are in another order only that it is one."""
+        if not isinstance(self._rows, RowSequence) or not self._ascending:
+            return super().spans()
+        out, start = [], 0
+        for span in self._rows.spans():
+            stop = bisect_left(self._numbers, span.numbers.stop)
+            out.append(replace(span, numbers=range(start, stop)))
+            start = stop
+        return out
 
 
 @dataclass(frozen=True)
@@ -116,11 +141,24 @@ class Rows(RowSequence):
                 [
                     *(file_digest(file) for file in part.data_set.source.files()),
                     None if part.kept is None else part.kept.tolist(),
-                    [part.data_set.repeat, part.data_set.max_tiles],
+                    _said(part.data_set),
                 ]
                 for part in self._parts
             ]
         )
+
+    @property
+    def never_augmented(self) -> bool:
+        """Whether every data set says that its images are not augmented."""
+        return all(part.data_set.augment is False for part in self._parts)
+
+    def spans(self) -> list[Span]:
+        """The data sets in order, repetitions counted."""
+        starts = [0, *self._ends]
+        return [
+            Span(range(start, stop), part.data_set.name, part.data_set.weight)
+            for part, start, stop in zip(self._parts, starts, self._ends, strict=False)
+        ]
 
     def row(self, index: int) -> Row:
         """The row of a number from 0, read from its file."""
@@ -134,7 +172,17 @@ class Rows(RowSequence):
         if data_set.name is not None and isinstance(record, dict):
             record.setdefault("dataset", data_set.name)
         file, line = data_set.source.origin(number)
-        return Row(record, file, line, data_set.root, data_set.max_tiles, fault)
+        return Row(
+            *(record, file, line, data_set.root, data_set.max_tiles, fault),
+            augment=data_set.augment,
+            data_set=data_set.name,
+        )
+
+
+def _said(data_set: DataSet) -> list[Any]:
+    """What meta.json says of a data set, as far as it decides what is trained."""
+    rest = [data_set.augment, data_set.weight]
+    return [data_set.repeat, data_set.max_tiles, *(said for said in rest if said is not None)]
 
 
 def _read(source: Source, number: int, kind: Kind, *, check: bool) -> tuple[Any, str | None]:
@@ -174,6 +222,16 @@ def read_rows(
     path = Path(path)
     parts, read = [], 0
     for data_set in open_data_sets(path, image_root, cached_from=cached_from, quiet=quiet):
+        if data_set.augment and kind not in ("pair", "conversation"):
+            raise DataError(
+                f"{path}: data set {data_set.name!r}: data_augment is true, but what is sampled, "
+                "and trained online, is the picture itself; take it out"
+            )
+        if data_set.weight is not None and kind != "conversation":
+            raise DataError(
+                f"{path}: data set {data_set.name!r}: weight is read by SFT alone; repeat_time "
+                "says how often a data set is taken here"
+            )
         kept, looked_at = None, len(data_set.source)
         if limit is not None:
             kept, looked_at = _sift_first(data_set, kind, quarantine, limit)

@@ -135,6 +135,8 @@ class DataSet:
 
     repeat: how often it is taken. max_tiles: the tile budget of its prompts (None: not given).
     name: what `meta.json` calls it; its records carry it as "dataset" unless they name one.
+    augment: whether its images are augmented in training (None: not given). weight: of the data set
+    where a stage mixes by weights (None: not given).
     """
 
     source: Source
@@ -142,6 +144,8 @@ class DataSet:
     repeat: float = 1.0
     max_tiles: int | None = None
     name: str | None = None
+    augment: bool | None = None
+    weight: float | None = None
 
 
 def check_input(path: Path) -> None:
@@ -217,18 +221,17 @@ def open_data_sets(
         where = f"{path}: data set {name!r}"
         if not isinstance(entry, dict) or not isinstance(entry.get("annotation"), str):
             raise DataError(f"{where} has no 'annotation' path")
-        if entry.get("data_augment"):
-            raise DataError(
-                f"{where}: data_augment is {entry['data_augment']!r}, which is not supported "
-                "here; take it out"
-            )
+        augment = entry.get("data_augment")
+        if augment is not None and not isinstance(augment, bool):
+            raise DataError(f"{where}: data_augment is {augment!r}; give true or false")
         root = image_root or meta_place(path, str(entry.get("root") or ""))
         repeat, max_tiles = _repeat(entry, where), _max_tiles(entry, where)
+        weight = _weight(entry, where)
         annotation = meta_place(path, entry["annotation"])
         if not annotation.exists() and "*" not in annotation.name:
             raise DataError(f"{where}: {annotation}: no such file")
         source = open_source(annotation, cached_from=cached_from, quiet=quiet)
-        yield DataSet(source, root, repeat, max_tiles, name)
+        yield DataSet(source, root, repeat, max_tiles, name, augment, weight)
 
 
 def meta_place(meta: Path, name: str) -> Path:
@@ -256,6 +259,26 @@ def _read_meta(path: Path) -> dict[str, Any]:
     if not isinstance(meta, dict) or not meta:
         raise DataError(f"{path}: expected {{name: {{root, annotation, ...}}}}")
     return meta
+
+
+def data_set_weights(path: Path) -> dict[str, float | None]:
+    """The data sets of a `meta.json` with their weights; of other data none."""
+    entries = _read_meta(path).items() if path.suffix == ".json" else ()
+    return {
+        name: _weight(entry, f"{path}: data set {name!r}") if isinstance(entry, dict) else None
+        for name, entry in entries
+    }
+
+
+def _weight(entry: dict[str, Any], where: str) -> float | None:
+    value = entry.get("weight")
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise DataError(
+            f"{where}: weight is {value!r}; give a number over 0 (repeat_time 0 leaves it out)"
+        )
+    return float(value)
 
 
 def _repeat(entry: dict[str, Any], where: str) -> float:
