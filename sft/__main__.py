@@ -41,12 +41,15 @@ def main() -> None:
         [SFTConfig, ModelArguments], "python -m sft", about=_ABOUT, example=_EXAMPLE
     )
     with collector_paused():
+        from sft.measuring import checking_encoder
+        from sft.mixture import check_names
         from sft.trainer import SFTTrainer
         from sft.vision import check_vision_from, take_vision
         from training.stage import check_eval_file, check_files, open_stage, save_config
 
     graft = check_vision_from(args, model_args)
     check_files(args.train_file, args.eval_file)
+    check_names(args)
     check_eval_file(args, args.eval_file)
     stage = open_stage(model_args, args)
     take_vision(stage.model, graft, args)
@@ -56,6 +59,7 @@ def main() -> None:
         train_dataset=stage.rows(
             *(args.train_file, "conversation"),
             checked=args.check_rows == "before",
+            encoder=checking_encoder(args, stage.encoder),
         ),
         eval_dataset=stage.rows(args.eval_file, "conversation", held_out=True)
         if args.eval_file

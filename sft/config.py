@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from internvl.errors import UserError
 from sft.losses import EXPONENTS
 from sft.presets import apply_stage, asked_parts, check_vision_options
+from sft.stream_options import StreamArguments, check_stream_options
 from training.arguments import AugmentedArguments
 
 _CONSTANT = ("linear", "constant", "constant_with_warmup")  # the first is transformers' default
 
 
 @dataclass
-class SFTConfig(AugmentedArguments):
+class SFTConfig(StreamArguments, AugmentedArguments):
     """Options of supervised fine-tuning; see PackedTrainingArguments for the common ones."""
 
     train_file: str = field(
@@ -78,6 +79,7 @@ class SFTConfig(AugmentedArguments):
             raise UserError("train_file is missing: the JSONL (or meta.json) of conversations")
         if self.check_rows not in ("before", "when_used"):
             raise UserError(f"check_rows is {self.check_rows!r}; it is 'before' or 'when_used'")
+        check_stream_options(self)
         if self.loss_average not in EXPONENTS:
             raise UserError(f"loss_average {self.loss_average!r} is not one of {list(EXPONENTS)}")
         if self.stop_gold_probability is not None:

@@ -8,21 +8,34 @@ the GLOBAL batch:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from torch import Tensor
 
 EXPONENTS = {"token": 0.0, "sample": 1.0, "square": 0.5}
 
 
-def total_weight(lengths: Iterable[int], average: str) -> float:
+def total_weight(
+    lengths: Sequence[int], average: str, samples: Sequence[float] | None = None
+) -> float:
     """The denominator: sum over samples of x * w = x^(1 - a), x > 0 the response tokens.
+
+    samples: x, where a length is that of a piece of a sample (by default the length itself).
 
     >>> total_weight([1, 4], "square")
     3.0
+    >>> total_weight([1, 3, 1], "square", [1, 4, 4])  # the second sample in two pieces
+    3.0
     """
     exponent = EXPONENTS[average]
-    return float(sum(length ** (1.0 - exponent) for length in lengths if length))
+    wholes = lengths if samples is None else samples
+    return float(
+        sum(
+            length ** (1.0 - exponent) if length == whole else length * whole**-exponent
+            for length, whole in zip(lengths, wholes, strict=True)
+            if length
+        )
+    )
 
 
 def sft_loss(
@@ -30,8 +43,9 @@ def sft_loss(
 ) -> Tensor:
     """This micro-batch's part of the loss.
 
-    logprobs: [N]; completion_of_token: [N]; lengths: [C]; weight: `total_weight` of the global
-    batch. Returns a scalar; the parts of all micro-batches and ranks sum to L.
+    logprobs: [N]; completion_of_token: [N]; lengths: [C], each completion's x (of a piece: the
+    whole sample's); weight: `total_weight` of the global batch. Returns a scalar; the parts of all
+    micro-batches and ranks sum to L.
 
     >>> logp = torch.tensor([-1.0, -2.0, -2.0, -2.0, -2.0])  # x = 1 and x = 4
     >>> of, lengths = torch.tensor([0, 1, 1, 1, 1]), torch.tensor([1, 4])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,14 +13,20 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from internvl.data import Row
+from internvl.data import Row, write_json
 from internvl.drop_path import DropPath
 from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
+from sft.accounts import Accounts
 from sft.config import SFTConfig
 from sft.losses import sft_loss, total_weight
+from sft.measuring import with_length
+from sft.streaming import PackLoader
+from sft.training_data import TrainingData
+from training.batches import StepCollator
 from training.late_checks import LateChecks, late_quarantine
 from training.metrics import Metrics
+from training.orders import Order
 from training.trainer import PackedTrainer
 
 
@@ -86,6 +94,7 @@ class SFTTrainer(PackedTrainer):
     """Supervised fine-tuning of InternVL on conversations (rows of kind "conversation")."""
 
     loss_count = "weight"
+    completion_value_names = ("sample_length",)
     progress_metrics = ("loss", "eval_gold_probability")
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -109,6 +118,14 @@ class SFTTrainer(PackedTrainer):
                 config.get_warmup_steps(config.max_steps), config.cooldown_steps
             )
             self.add_callback(StopWhenLearned(config.stop_gold_probability, self._schedule))
+        self._data: TrainingData | None = None
+        if self.train_dataset is not None:
+            self._data = TrainingData(self.train_dataset, config, self.encoder, self.encode)
+            if config.packing:
+                self._data.open_packs(self.train_collator(), self.at_epoch)
+            if self.is_world_process_zero():
+                for line in self._data.describe():
+                    print(line)
 
     @property
     def sft_args(self) -> SFTConfig:
@@ -118,16 +135,23 @@ class SFTTrainer(PackedTrainer):
 
     def encode(self, row: Row) -> Example:
         """A conversation as one prompt with one completion."""
-        return self.encoder.conversation(row)
+        return with_length(self.encoder.conversation(row))
+
+    def at_epoch(self, epoch: int) -> None:
+        """What is encoded from here on is of this epoch: augmentation draws anew in each."""
+        augmentation = self.encoder.augmentation
+        if augmentation is not None and augmentation.epoch != epoch:
+            self.encoder = replace(self.encoder, augmentation=replace(augmentation, epoch=epoch))
 
     def encode_held_out(self, row: Row) -> Example:
         """The same of a conversation that is evaluated on, its images as they are."""
-        return self.held_out_encoder.conversation(row)
+        return with_length(self.held_out_encoder.conversation(row))
 
     def count(self, examples: Sequence[Example]) -> dict[str, float]:
         """Examples, and the total weight of their response tokens."""
         lengths = [sum(mask) for e in examples if e.loss_masks for mask in e.loss_masks]
-        weight = total_weight(lengths, self.sft_args.loss_average)
+        samples = [x for e in examples for x in e.completion_values["sample_length"]]
+        weight = total_weight(lengths, self.sft_args.loss_average, samples)
         return {"examples": float(len(examples)), "weight": weight}
 
     def loss(
@@ -137,7 +161,7 @@ class SFTTrainer(PackedTrainer):
         loss = sft_loss(
             scores.logprobs,
             batch.completion_of_token,
-            batch.lengths,
+            batch.completion_values["sample_length"],
             self.sft_args.loss_average,
             counts["weight"] or 1.0,  # 0: every row of the step was bad, and there is no term
         )
@@ -157,20 +181,92 @@ class SFTTrainer(PackedTrainer):
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
         """Transformers' epoch; augmentation draws anew in each, as it is published."""
-        augmentation = self.encoder.augmentation
-        if augmentation is not None:  # before the loader's workers are forked
-            self.encoder = replace(self.encoder, augmentation=replace(augmentation, epoch=epoch))
+        if not self.sft_args.packing:  # there each sample brings its own epoch
+            self.at_epoch(epoch)  # before the loader's workers are forked
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
+    # ---- which rows are drawn (sft/training_data.py) ----
+
+    def train_order(self) -> Order | None:
+        """The mixture's, where the options ask for one."""
+        order = None if self._data is None else self._data.order
+        return super().train_order() if order is None else order
+
+    @property
+    def _accounts(self) -> Accounts | None:
+        return None if self._data is None else self._data.accounts
+
+    @property
+    def _packs(self) -> PackLoader | None:
+        return None if self._data is None else self._data.packs
+
+    def train_collator(self) -> StepCollator:
+        """PackedTrainer's, that also counts what is drawn."""
+        collator = super().train_collator()
+        tally = None if self._accounts is None else self._accounts.tally
+        return replace(collator, tally=tally)
+
+    def get_train_dataloader(self) -> Any:
+        """The packs of this rank's stream, or its share of each step."""
+        return super().get_train_dataloader() if self._packs is None else self._packs
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """PackedTrainer's; a stream of packs knows its place, and nothing of it is skipped."""
+        begun = super()._init_training_state(*args, **kwargs)
+        return (0, 0) if self.sft_args.packing else begun
+
+    def note_counts(self, counts: dict[str, float]) -> None:
+        """Take what a step has drawn to the account."""
+        if self._accounts is not None:
+            self._accounts.note(counts, self._metrics)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """PackedTrainer's log; with packing an epoch is a pass over the samples."""
+        if self._packs is not None:
+            self.state.epoch = self._packs.epoch
+        super().log(logs, start_time)
+
+    def run(self) -> None:
+        """PackedTrainer's run, and the account of what was drawn."""
+        super().run()
+        if self._accounts is not None and self.is_world_process_zero():
+            print("\n".join(self._accounts.describe()))
+
+    # ---- what a checkpoint holds ----
+
+    def _settings(self) -> dict[str, Any]:
+        """PackedTrainer's; what a pack holds decides which samples share a step."""
+        settings = super()._settings()
+        if self.sft_args.packing:
+            for name in ("max_tokens_per_microbatch", "max_tiles_per_microbatch"):
+                settings[name] = getattr(self.args, name)
+        return settings
+
     def stage_state(self) -> dict[str, Any]:
-        """How many rows were seen, and were bad, where they are checked when they are used."""
+        """What was drawn, and how many rows were bad where they are checked when they are used."""
         late = self.late_checks
-        return {} if late is None else {"rows_seen": late.seen, "rows_bad": late.bad}
+        state = {} if late is None else {"rows_seen": late.seen, "rows_bad": late.bad}
+        return state if self._accounts is None else {**state, "drawn": self._accounts.totals}
 
     def load_stage_state(self, state: dict[str, Any]) -> None:
         """Go on with those counts."""
         if self.late_checks is not None:
             self.late_checks.go_on(state.get("rows_seen", 0), state.get("rows_bad", 0))
+        if self._accounts is not None:
+            self._accounts.go_on(state["drawn"])
+
+    def save_rank_state(self, folder: Path) -> None:
+        """How this rank's stream of packs goes on."""
+        if self._packs is not None:
+            write_json(self._stream_file(folder), self._packs.state)
+
+    def load_rank_state(self, folder: Path) -> None:
+        """Go on there."""
+        if self._packs is not None:
+            self._packs.restore(json.loads(self._stream_file(folder).read_text()))
+
+    def _stream_file(self, folder: Path) -> Path:
+        return folder / f"stream-{self.args.process_index}.json"
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The adaptive schedule where a stop by probability was asked for, else transformers'."""

@@ -20,7 +20,10 @@ from internvl.data import Row
 from internvl.errors import DataError
 from internvl.packing import Example, PackedBatch, pack, plan_microbatches
 
+SHUFFLED_IN_MEMORY = 2**24  # rows; of more, the order alone would be hundreds of megabytes a rank
 STEP_BATCH = "step"  # the one key of the dict that Trainer hands to training_step
+# rows that a step uses and their examples to totals by name, the same names on every rank
+Tally = Callable[[Sequence[Any], Sequence[Example]], dict[str, float]]
 
 
 @dataclass
@@ -47,10 +50,22 @@ class BadRow:
 
 
 class StepSampler(Sampler[list[int]]):
-    """The indices of this rank's share of each step of an epoch."""
+    """The indices of this rank's share of each step of an epoch.
+
+    by_place: they are places in the stream of all epochs, for rows that have an order of their own
+    (training/orders.py); nothing is shuffled here, and steps that are skipped cost nothing.
+    """
 
     def __init__(
-        self, length: int, batch_size: int, *, rank: int, world_size: int, seed: int, shuffle: bool
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        rank: int,
+        world_size: int,
+        seed: int,
+        shuffle: bool,
+        by_place: bool = False,
     ):
         self.length = length
         self.batch_size = batch_size
@@ -58,6 +73,7 @@ class StepSampler(Sampler[list[int]]):
         self.world_size = world_size
         self.seed = seed
         self.shuffle = shuffle
+        self.by_place = by_place
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -69,7 +85,9 @@ class StepSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order: Any = range(self.length)
-        if self.shuffle:
+        if self.by_place:
+            order = range(self.epoch * self.length, (self.epoch + 1) * self.length)
+        elif self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(self.length, generator=generator).numpy()
         for step in range(len(self)):
@@ -93,7 +111,7 @@ class StepCollator:
 
     encode: a row to its Example. count: examples to the totals that the loss is normalised by.
     longest: rows are checked here, and this many tokens are allowed (None: they were checked
-    before, and an error is one).
+    before, and an error is one). tally: further totals, of the rows that are used.
     """
 
     encode: Callable[[Any], Example]
@@ -101,26 +119,34 @@ class StepCollator:
     max_tokens: int
     max_tiles: int | None
     longest: int | None = None
+    tally: Tally | None = None
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, StepBatch]:
-        if self.longest is None:
-            return {STEP_BATCH: self.batch([self.encode(row) for row in rows])}
-        examples, bad = [], []
+        examples, used, bad = [], [], []
         for row in rows:
             try:
-                examples.append(self._checked(row, self.longest))
+                example = self.encode(row) if self.longest is None else self._checked(row)
             except DataError as error:
+                if self.longest is None:
+                    raise
                 bad.append(BadRow(row, str(error)))
+            else:
+                examples.append(example)
+                used.append(row)
         step = self.batch(examples)
-        step.rows, step.bad = len(rows), bad
+        if self.tally is not None:
+            step.counts |= self.tally(used, examples)
+        if self.longest is not None:
+            step.rows, step.bad = len(rows), bad
         return {STEP_BATCH: step}
 
-    def _checked(self, row: Row, longest: int) -> Example:
+    def _checked(self, row: Row) -> Example:
         if row.fault is not None:
             raise DataError(row.fault)
         example = self.encode(row)
-        if example.num_tokens > longest:
-            raise DataError(f"{example.num_tokens} tokens, over max_length {longest} (never cut)")
+        if self.longest is not None and example.num_tokens > self.longest:
+            over = f"over max_length {self.longest} (never cut)"
+            raise DataError(f"{example.num_tokens} tokens, {over}")
         return example
 
     def batch(self, examples: Sequence[Example]) -> StepBatch:

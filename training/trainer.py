@@ -36,12 +36,20 @@ from internvl.packing import Example, PackedBatch, filler
 from training import parts, refusals, sharding
 from training.arguments import PackedTrainingArguments
 from training.attention import use_attention
-from training.batches import STEP_BATCH, StepBatch, StepCollator, StepLoader, StepSampler
+from training.batches import (
+    SHUFFLED_IN_MEMORY,
+    STEP_BATCH,
+    StepBatch,
+    StepCollator,
+    StepLoader,
+    StepSampler,
+)
 from training.encoders import make_encoder, set_checkpoint_step
 from training.kernels import use_liger
 from training.late_checks import LateChecks
 from training.memory import report_memory
 from training.metrics import Metrics, sum_over_ranks
+from training.orders import InOrder, Order, Shuffled
 from training.progress import StageProgress
 from training.resuming import ResumableTrainer
 
@@ -149,6 +157,9 @@ class PackedTrainer(ResumableTrainer):
         """This micro-batch's part of the global loss (terms divided by `counts`), and metrics."""
         raise NotImplementedError
 
+    def note_counts(self, counts: dict[str, float]) -> None:
+        """Told each training step's totals over all ranks."""
+
     def score_options(self) -> dict[str, Any]:
         """Keyword arguments of the packed forward (temperature, forbidden ids, entropy)."""
         return {}
@@ -163,16 +174,29 @@ class PackedTrainer(ResumableTrainer):
             self.encode, self.count, args.max_tokens_per_microbatch, args.max_tiles_per_microbatch
         )
 
+    @property
+    def data_seed(self) -> int:
+        """What the order of the rows goes by."""
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
     def _step_loader(
-        self, rows: Any, batch_size: int, shuffle: bool, collator: StepCollator
+        self,
+        rows: Any,
+        batch_size: int,
+        shuffle: bool,
+        collator: StepCollator,
+        order: Order | None = None,
     ) -> StepLoader:
+        if order is not None:
+            rows = InOrder(rows, order)
         sampler = StepSampler(
             len(rows),
             batch_size,
             rank=self.args.process_index,
             world_size=self.args.world_size,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            seed=self.data_seed,
             shuffle=shuffle,
+            by_place=order is not None,
         )
         return StepLoader(
             rows,
@@ -190,11 +214,18 @@ class PackedTrainer(ResumableTrainer):
         """Our own shares of each step; not passed through accelerate, which would reshard it."""
         if self.train_dataset is None:
             raise UserError("training needs a train_dataset")
-        collator = self.collator
-        if self.late_checks is not None:
-            collator = replace(collator, longest=self.encoder.max_length)
-        size = self.args.per_device_train_batch_size
-        return self._step_loader(self.train_dataset, size, True, collator)
+        size, order = self.args.per_device_train_batch_size, self.train_order()
+        return self._step_loader(self.train_dataset, size, True, self.train_collator(), order)
+
+    def train_collator(self) -> StepCollator:
+        """Of rows that are trained on, checked there where they are when they are used."""
+        longest = None if self.late_checks is None else self.encoder.max_length
+        return replace(self.collator, longest=longest)
+
+    def train_order(self) -> Order | None:
+        """How rows are drawn; None: each once an epoch, as torch shuffles them in memory."""
+        rows: Any = self.train_dataset
+        return Shuffled(len(rows), self.data_seed) if len(rows) > SHUFFLED_IN_MEMORY else None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The evaluation rows in order, shared over the ranks."""
@@ -269,6 +300,7 @@ class PackedTrainer(ResumableTrainer):
             self.late_checks.look(step)
         model.train()
         counts = sum_over_ranks(step.counts, self.args.device)
+        self.note_counts(counts)
         gradient_state = self.accelerator.gradient_state
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         options = {"scale_wrt_gas": False} if deepspeed else {}
