@@ -25,8 +25,9 @@ _FORMULA = (
 )
 # in braces: what has no word of two letters, or is a LaTeX command
 _VALUE = r"(?:\\[a-z]+|[^\s\w]|\d|_|(?<![A-Za-z])[A-Za-z](?![A-Za-z]))"
+_STOP = r"[.,;。，；]?(?:\s|\Z)"  # which is not part of a value
 _BOXED = rf"\\boxed\{{(?:{_VALUE}|[ ])+\}}"
-_MARKER = rf"\*{{0,2}}[Ff]inal [Aa]nswer:?\*{{0,2}}:?(?:[ \t]*{_VALUE}+(?=[\s.]|$))?"
+_MARKER = rf"\*{{0,2}}[Ff]inal [Aa]nswer:?\*{{0,2}}:?(?:[ \t]*{_VALUE}+?(?={_STOP}))?"
 _PROTECTED = re.compile(
     "|".join((_FENCE, _INLINE_CODE, _TAGS, _BOXED, _FORMULA, _MARKER)), re.DOTALL
 )
@@ -54,7 +55,7 @@ def cut_edges(text: str) -> tuple[str, str, str]:
     front = match.end() if (match := _EDGE.match(text)) else 0
     rest = text[front:]
     behind = 0
-    while found := re.search(r"(?:\s|<image>|<video>)$", rest[: len(rest) - behind]):
+    while found := re.search(r"(?:\s|<image>|<video>)\Z", rest[: len(rest) - behind]):
         behind += len(found.group())
     end = len(rest) - behind
     return text[:front], rest[:end], rest[end:]

@@ -51,7 +51,9 @@ _SCRIPTS = {
 _LATIN = re.compile(r"[A-Za-z]")
 # words that are no name: a text of names alone stays as it is, by the first rule
 _PLAIN_WORD = re.compile(r"(?<![\w\\])[a-z]{2,}(?!\w)")
-_FEW_WORDS = 3
+_FEW_WORDS = 2
+_FEW_TERMS = 3  # in English, or half of the words: by the second rule they may stay
+_PARAGRAPHS = 3
 _LONGER, _LONGER_BY = 4, 200  # times, and characters, that a translation may be longer
 _LONG_SOURCE, _SHORTER = 80, 0.08  # characters from which a share of them must come back
 
@@ -125,14 +127,15 @@ def translation_fault(text: str, translation: str, language: str) -> str | None:
     plain = len(_PLAIN_WORD.findall(without_parts(text)))
     script = script_of(language)
     if plain >= _FEW_WORDS:
-        if script is not None and not script.search(translation):
+        english = len(_PLAIN_WORD.findall(without_parts(translation)))
+        if translation == text or (script is not None and not script.search(translation)):
             return f"it is not written in {language}"
-        if script is None and translation == text:
-            return f"it is not written in {language}"
+        if script is not None and english > max(_FEW_TERMS, plain / 2):
+            return f"it holds {english} English words that are no names, the text has {plain}"
     if len(translation) > _LONGER * len(text) + _LONGER_BY:
         return f"it has {len(translation)} characters, the text has {len(text)}"
     if len(text) >= _LONG_SOURCE and len(translation) < _SHORTER * len(text):
         return f"it has only {len(translation)} characters, the text has {len(text)}"
-    if text.count("\n\n") >= _FEW_WORDS and "\n" not in translation:
+    if text.count("\n\n") >= _PARAGRAPHS and "\n" not in translation:
         return "its paragraphs are gone"
     return None
