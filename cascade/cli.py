@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from cascade.compare_command import COMMAND as COMPARE
 from cascade.doctor.command import COMMAND as DOCTOR
+from cascade.evaluate_command import COMMAND as EVALUATE
 from cascade.run_command import COMMAND as RUN
 from internvl.errors import UserError
 from internvl.terminal import Command, command_parser, run_command
-
-if TYPE_CHECKING:
-    from rewards.judging import Verifier
 
 _ABOUT = "The whole cascade, SFT -> MPO -> GSPO, resumable and evaluated between stages."
 _EXAMPLE = """\
@@ -25,6 +22,7 @@ example:
   cascade demo                          the whole on a small world, 12 to 15 minutes on 2 cores
   cascade demo --preset tiny            the same in 2 to 3 minutes, to see that all of it runs
   cascade evaluate heldout.jsonl --model runs/demo/stages/rl --output runs/demo/eval/rl
+  cascade compare eval/sft eval/mpo --output eval/mpo-sft     question by question
   cascade report runs/demo              make runs/demo/report.html again
 
 A run that was killed goes on when the same command is started again."""
@@ -50,78 +48,10 @@ def _world(args: argparse.Namespace) -> None:
     make_world(args.output, seed=args.seed, sizes=WorldSizes(**sizes), options=options)
 
 
-def _evaluate(args: argparse.Namespace) -> None:
-    from cascade.evaluate import EvaluationConfig, evaluate
-    from internvl.data import Quarantine, check_images, read_rows
-    from internvl.sampler import open_sampler
-
-    for name in ("samples", "max_tokens", "max_tiles"):
-        if vars(args)[name] < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {vars(args)[name]}; give 1 or more")
-    count = dict(_named_text(item) for item in args.count)
-    config = EvaluationConfig(args.samples, args.max_tokens, args.max_tiles, args.seed, count)
-    args.output.mkdir(parents=True, exist_ok=True)  # before the work: is there a place for it?
-    bad_rows = args.output / "quarantine.jsonl"
-    bad_rows.unlink(missing_ok=True)  # it tells of this run only
-    quarantine = Quarantine(bad_rows, args.max_bad)
-    rows = read_rows(
-        args.questions, kind="question", quarantine=quarantine, image_root=args.image_root
-    )
-    with _verifier(args) as verifier:
-        good = check_images(rows, quarantine=quarantine, record_fault=verifier.fault)
-        sampler = open_sampler(args.model, backend=args.backend, seed=args.seed, dtype=args.dtype)
-        with closing(sampler):
-            metrics = evaluate(
-                good, sampler, config, verifier, model=args.model, output=args.output
-            )
-    for key, value in metrics.items():
-        print(f"{key:>16}  {value:.4f}" if isinstance(value, float) else f"{key:>16}  {value}")
-
-
-def _verifier(args: argparse.Namespace) -> Verifier:
-    from rewards.judging_options import make_verifier
-
-    try:
-        return make_verifier(args)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _named_text(item: str) -> tuple[str, str]:
-    name, separator, text = item.partition("=")
-    if not separator or not name or not text:
-        raise UserError(f"--count {item!r}: expected NAME=TEXT")
-    return name, text
-
-
 def _report(args: argparse.Namespace) -> None:
     from cascade.report import write_report
 
     print(write_report(args.run))
-
-
-def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    from rewards.judging_options import add_judging
-
-    add = parser.add_argument
-    add(
-        "questions",
-        type=Path,
-        help="questions with answers: JSONL, parquet, saved data set or meta.json",
-    )
-    add("--model", required=True, metavar="CKPT", help="checkpoint folder")
-    add("--output", type=Path, required=True, metavar="DIR", help="for metrics and predictions")
-    add("--image-root", type=Path, metavar="DIR", help="where image paths start")
-    add("--samples", type=int, default=2, help="completions a question at temperature 1")
-    add("--max-tokens", type=int, default=1024, help="of a completion")
-    add("--max-tiles", type=int, default=12, help="tile budget of a question whose data names none")
-    add("--seed", type=int, default=0, help="of the sampling")
-    add("--count", action="append", default=[], metavar="NAME=TEXT",
-        help="also report the share of samples that hold TEXT, as NAME")  # fmt: skip
-    add("--max-bad", type=float, default=0.05, help="share (<1) or number of bad rows borne")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
-    _add_backend(parser)
-    add_judging(parser)
 
 
 def _add_backend(parser: argparse.ArgumentParser) -> None:
@@ -175,10 +105,11 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 _COMMANDS = (
     RUN,
-    DOCTOR,
     Command("demo", "the whole cascade on a world made on the spot", _add_demo, _demo),
-    Command("evaluate", "accuracy of a checkpoint on held-out questions", _add_evaluate, _evaluate),
+    EVALUATE,
+    COMPARE,
     Command("report", "the page of a run", _add_report, _report),
+    DOCTOR,
     Command("world", "the demo's world and its untrained model", _add_world, _world),
 )
 

@@ -15,16 +15,13 @@ from typing import Any
 
 import pytest
 import yaml
-from judge_server import judges, serve
 
-from cascade.cli import main
 from cascade.demo import PRESETS, demo_recipe
 from cascade.driver import Driver, run_lock
 from cascade.manifest import Manifest
 from cascade.plan import plan
 from cascade.stages import Stage
 from internvl.errors import UserError
-from internvl.sampler import Completion
 
 # a stage: notes that it was called, takes a part of its work each time, and fails where told to
 WORK = """
@@ -280,57 +277,6 @@ def test_recipes_name_real_options(preset: str, tmp_path: Path) -> None:
     looking = [name for name in stages if name.startswith("evaluate.") or name.endswith(".sample")]
     trained = ["sft-careful", "sft", "mpo", "control", "rl"]
     assert budgets == dict.fromkeys([*looking, *trained], 2)
-
-
-# ---- evaluation ----
-
-QUESTIONS = [
-    {"id": "a", "question": "Colour?", "answer": "red", "matcher": "judge"},
-    {"id": "b", "question": "How many?", "answer": "9", "dataset": "mine", "prompt_style": "boxed"},
-    {"id": "c", "question": "How much?", "answer": "9", "matcher": "psychic"},
-]
-SAID = {"Colour?": "crimson", "How many?": r"about \boxed{9.2}", "How much?": "9"}
-
-
-class ByRote:
-    """Says SAID; the last completion of several was cut."""
-
-    def sample(self, requests: Any, config: Any) -> list[list[Completion]]:
-        def done(request: Any, reason: Any) -> Completion:
-            return Completion(SAID[request.question], (1, 2), (-0.1, -0.2), reason)
-
-        ends = ["stop"] * (config.n - 1) + ["stop" if config.n == 1 else "length"]
-        return [[done(request, end) for end in ends] for request in requests]
-
-    def close(self) -> None: ...
-
-
-def test_evaluation_takes_a_judge_and_a_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As `mmpr verify`: questions of one batch are judged together, in their order."""
-    monkeypatch.setattr("internvl.sampler.open_sampler", lambda *_, **__: ByRote())
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
-    rows, table, out = tmp_path / "q.jsonl", tmp_path / "mine.yaml", tmp_path / "out"
-    rows.write_text("".join(json.dumps(record) + "\n" for record in QUESTIONS))
-    table.write_text("- {match: mine, matcher: relaxed, why: read off an axis}")
-    words = ["evaluate", str(rows), "--model=m", f"--output={out}", f"--datasets={table}"]
-    with serve() as server:
-        server.answers = [judges(lambda data: data["prediction"] in ("crimson", "4"))]
-        main([*words, "--max-bad=1", f"--judge-base-url={server.url}", "--judge-model=m"])
-    found = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    assert [record["id"] for record in found] == ["a", "b"]
-    for record in found:
-        said = [record["greedy"], *record["sampled"]]
-        assert [one["outcome"] for one in said] == ["correct"] * 3
-        assert [one["completion"] for one in said] == [SAID[record["question"]]] * 3
-    assert [one["format_ok"] for one in found[1]["sampled"]] == [True, False]
-    assert "matcher 'psychic' is unknown" in (out / "quarantine.jsonl").read_text()
-
-    with pytest.raises(SystemExit):  # and without the judge
-        main(words)
-    assert "'judge' needs a judge" in (out / "quarantine.jsonl").read_text()
 
 
 # ---- the demo ----

@@ -17,7 +17,8 @@ from plain import noise_image
 from record_cases import QUESTION, encoded, pixels, read, row, write
 from streams import Streams
 
-from cascade.evaluate import EvaluationConfig, evaluate
+from cascade.evaluate import Evaluation, EvaluationConfig
+from cascade.questions import read_questions
 from internvl.data import (
     Quarantine,
     Row,
@@ -348,9 +349,13 @@ def test_evaluation_shows_images_that_were_bytes(folder: Path) -> None:
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "t.parquet")
     sampler = Fixed()
-    rows_read, config = read(folder / "t.parquet"), EvaluationConfig()
+    facts, quarantine = {"model": "m"}, Quarantine(None)
+    rows_read = read_questions([folder / "t.parquet"], quarantine=quarantine)
     with Verifier(VerifierPool()) as verifier:
-        evaluate(rows_read, sampler, config, verifier, model="m", output=folder / "e")
+        Evaluation(
+            *(rows_read, EvaluationConfig(), facts, verifier),
+            *(lambda: sampler, quarantine, folder / "e"),
+        ).run()
     lines = (folder / "e" / "predictions.jsonl").read_text().splitlines()
     (stored,), (file,) = (json.loads(line)["image"] for line in lines)
     assert Path(stored).read_bytes() == encoded(0)

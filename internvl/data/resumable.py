@@ -20,12 +20,13 @@ def meta_path(output: Path) -> Path:
     return output.with_name(output.name + ".meta.json")
 
 
-def check_same_run(output: Path, wanted: dict[str, Any]) -> str:
+def check_same_run(output: Path, wanted: dict[str, Any], path: Path | None = None) -> str:
     """The model name to write into records; raises UserError when `output` is of another run.
 
-    A model is compared by its fingerprint, not by its path; the name first given stays.
+    A model is compared by its fingerprint, not by its path; the name first given stays. path: of
+    the description, where it is not `meta_path`.
     """
-    path = meta_path(output)
+    path = path or meta_path(output)
     if not path.exists():
         if output.exists() and output.stat().st_size:
             raise UserError(
