@@ -148,7 +148,7 @@ class Evaluation:
             name=name,
             model=model,
             prompt=prompt,
-            own_form=sum(map(rows.keeps_own_form, rows)),
+            own_form=rows.own_forms(),
         )
         write_json(folder / METRICS, metrics)
         for one in (greedy, sampled):

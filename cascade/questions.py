@@ -98,11 +98,14 @@ class AskedRows(RowSequence):
             return self._style
         return "letter" if record.get("options") or options_in(record["question"]) else "short"
 
-    def keeps_own_form(self, row: Row) -> bool:
-        """Whether a row of these is asked in another form than the prompt set's."""
+    def own_forms(self) -> int:
+        """How many questions are asked in a form of their own, and not in the prompt set's."""
         if self._prompt == "as_is":
-            return False
-        return bool(row.data.get("prompt_style") != self.wanted_style(original_question(row.data)))
+            return 0
+        return sum(
+            row.data["prompt_style"] != self.wanted_style(original_question(row.data))
+            for row in self
+        )
 
 
 def read_questions(
