@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,11 @@ def examine(recipe: Path, *, quick: bool = False, say: object = None) -> list[Fi
     logging.disable_progress_bar()
     with scratch_folder() as scratch:
         tell = say if callable(say) else _quiet
-        return Examination(Facts(read, scratch), quick=quick, say=tell).run()
+        found = Examination(Facts(read, scratch), quick=quick, say=tell).run()
+    here = f"{scratch}{os.sep}"  # what was made there is named as the recipe names it
+    return [
+        replace(f, found=f.found.replace(here, ""), where=f.where.replace(here, "")) for f in found
+    ]
 
 
 def print_findings(recipe: Path, findings: Sequence[Finding], seconds: float) -> None:
@@ -81,7 +86,8 @@ def print_findings(recipe: Path, findings: Sequence[Finding], seconds: float) ->
     table.add_column("found", ratio=1, overflow="fold")
     for finding in findings:
         mark, style = _MARKS[finding.level]
-        where = f"\n[dim]{escape(finding.where)}[/dim]" if finding.where else ""
+        shown = finding.where if finding.where and finding.where not in finding.found else ""
+        where = f" [dim]{escape(shown)}[/dim]" if shown else ""
         table.add_row(f"[{style}]{mark}[/{style}]", finding.code, f"{escape(finding.found)}{where}")
     console.print(table)
     _print_cures(console, findings)

@@ -70,6 +70,11 @@ class Scanned:
         return spread(good, most)
 
 
+def is_given(path: Path) -> bool:
+    """Whether a path can be opened: what is not there is told as recipe.inputs."""
+    return path.exists() or "*" in path.name
+
+
 def spread(items: Sequence[int], most: int) -> list[int]:
     """At most so many of the items, evenly spread, the first among them."""
     if len(items) <= most:

@@ -64,9 +64,7 @@ class Bench:
         dtype: Literal["float32", "bfloat16"] = "bfloat16" if gpu else "float32"
         # an engine takes its share of a GPU first; what is left must hold the trainer's copy
         share = 0.45 if gpu and backend != "transformers" else None
-        sampler = open_sampler(
-            folder, backend=backend, dtype=dtype, max_num_seqs=32, gpu_memory_utilization=share
-        )
+        sampler = open_sampler(folder, backend=backend, dtype=dtype, gpu_memory_utilization=share)
         model = load_model(folder, dtype=dtype).to("cuda" if gpu else "cpu").eval()
         context = model.config.text_config.max_position_embeddings
         step = checkpoint_step(model.config.to_dict())

@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 
 from cascade.doctor.findings import Finding, error, ok, some, warning
-from internvl.errors import UserError
 from internvl.memory import GIB
 
 PACKAGE = "internvl-posttraining"
@@ -218,9 +217,3 @@ def check_limits(demand: Demand, shared: Path = SHARED_MEMORY) -> list[Finding]:
 def gib(size: float) -> str:
     """Bytes as GiB, small ones with more digits."""
     return f"{size / GIB:,.1f}" if size >= GIB else f"{size / GIB:.2f}"
-
-
-def refuse_no_vllm(backend: str) -> None:
-    """Raise `UserError` where vLLM is asked for and not installed."""
-    if backend == "vllm" and not has_vllm():
-        raise UserError("backend is vllm, which is not installed: make .venv VLLM=cpu (or cuda)")

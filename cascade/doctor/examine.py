@@ -7,21 +7,18 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from cascade.doctor.checkpoint import check_folder, check_model, check_processor
-from cascade.doctor.data import DataFile, Scanned, check_files
+from cascade.doctor.data import DataFile, Scanned, check_files, is_given
 from cascade.doctor.environment import (
     Demand,
     check_environment,
     gib,
     has_vllm,
-    refuse_no_vllm,
     vllm_on_cpu,
 )
-from cascade.doctor.facts import Facts, Start
+from cascade.doctor.facts import Facts
 from cascade.doctor.findings import Finding, error, ok, some, warning
 from cascade.doctor.leaks import check_gold, check_leak
 from cascade.doctor.memory import check_memory, disk_bytes, this_device
@@ -31,8 +28,9 @@ from cascade.doctor.options import (
     check_precision,
     check_references,
 )
+from cascade.doctor.starts import Checkpoints, Say
 from cascade.recipe import StageSpec
-from internvl.adapters import base_of, is_adapter
+from internvl.adapters import is_adapter
 from internvl.errors import UserError
 from internvl.info import count_parameters, read_config
 from internvl.memory import count_lora
@@ -46,8 +44,6 @@ if TYPE_CHECKING:
 QUESTIONS = 6  # that trainer and engine are compared on
 _COPIES = 3  # of the weights that the engine checks hold: trainer, sampler, what was saved
 
-Say = Callable[[str], None]
-
 
 class Examination:
     """One look at a recipe.
@@ -58,25 +54,23 @@ class Examination:
     def __init__(self, facts: Facts, *, quick: bool, say: Say):
         self.facts, self.quick, self._say = facts, quick, say
         self.scanned: list[Scanned] = []
-        self._folders: dict[Start, Path] = {}  # checkpoints that can be loaded
-        self._unsound: set[Path] = set()  # folders of which nothing can be made: told already
+        self.checkpoints = Checkpoints(facts, quick=quick, say=say)
 
     def run(self) -> list[Finding]:
         """The findings of all checks, in order."""
         if self.quick:
-            return self._still(self._checkpoints(), [])
+            return self._still(self._begin(), [])
         with ThreadPoolExecutor(1) as pool:  # processes of the stages' commands, beside the checks
             asked = pool.submit(self._options)
-            checkpoints = self._checkpoints()
+            checkpoints = self._begin()
             findings = self._still(checkpoints, asked.result())
             return findings + self._engine(pool, findings)
 
-    def _checkpoints(self) -> list[Finding]:
-        self._say("the recipe's worlds, a little of each")
+    def _begin(self) -> list[Finding]:
+        """What the recipe begins with: its worlds, a little of each, and its checkpoints."""
+        self._say("worlds and checkpoints")
         self.facts.make_worlds()
-        self._say("checkpoints")
-        starts = self.facts.starts().items()
-        return [found for start, specs in starts for found in self._checkpoint(start, specs)]
+        return self.checkpoints.check()
 
     def _still(self, checkpoints: list[Finding], options: list[Finding]) -> list[Finding]:
         """What starts nothing, the checkpoints' and options' findings in their place."""
@@ -107,7 +101,7 @@ class Examination:
         return check_environment(self.facts.output, demand)
 
     def _disk(self, spec: StageSpec) -> int:
-        folder = self._folder_of(spec)
+        folder = self.checkpoints.folder_of(spec)
         if folder is None:
             return 0
         parameters = sum(count_parameters(folder)[0].values())
@@ -128,13 +122,10 @@ class Examination:
             told = f"{path} is not there (stages.{some(keys)})"
             cure = "put it there, or write its path from the recipe's folder"
             found.append(error("recipe.inputs", told, str(facts.recipe.file), cure=cure))
-        try:
-            refuse_no_vllm(facts.recipe.backend)
-            for spec in facts.training:
-                facts.launch(spec)
-        except UserError as fault:
-            cure = "change that line"
-            found.append(error("recipe.launch", str(fault), str(facts.recipe.file), cure=cure))
+        if facts.recipe.backend == "vllm" and not has_vllm():
+            cure = "make .venv VLLM=cpu (or cuda), or backend: auto"
+            told = "backend is vllm, which is not installed"
+            found.append(error("recipe.backend", told, str(facts.recipe.file), cure=cure))
         found += check_budgets(facts)
         found += check_precision(facts)
         found += check_references(facts)
@@ -158,122 +149,13 @@ class Examination:
         told = f"the options of {len(stages)} processes are options of their commands"
         return found or [ok("recipe.options", told, str(recipe.file))]
 
-    def _checkpoint(self, start: Start, specs: Sequence[StageSpec]) -> list[Finding]:
-        """The checks of one checkpoint; remembers it where it can be loaded."""
-        folder = start.source or start.folder
-        if not folder.exists():
-            return []  # told by recipe.inputs
-        if start.source is not None:
-            found = self._bring_in(start)
-            if any(finding.level == "error" for finding in found) or start.folder not in (
-                *self._folders.values(),
-            ):
-                return found
-            folder = start.folder
-        else:
-            found = []
-        found += check_folder(folder)
-        if _errors(found) & {"checkpoint.layout", "checkpoint.reference"}:
-            self._unsound.add(folder)
-            return found
-        base = base_of(folder)
-        if is_adapter(folder):
-            found += check_folder(base)
-        self._folders[start] = base
-        processor = self._processor(base)
-        if _errors(processor):  # nothing is encoded by it: that would only be told again
-            self._unsound.add(base)
-        found += processor
-        stages = self._descended(start)
-        found += check_model(
-            base,
-            vllm=self.facts.recipe.backend == "vllm"
-            or any(self.facts.option(s, "sampler") == "vllm" for s in stages if s.kind == "rl"),
-            vllm_on_cpu=vllm_on_cpu(),
-            syncs=[s.name for s in stages if self._syncs_whole(s)],
-            mpo=[s.name for s in stages if s.kind == "mpo"],
-        )
-        return found
-
-    def _bring_in(self, start: Start) -> list[Finding]:
-        """Convert a published checkpoint for the checks that load it, where there is room."""
-        import shutil
-
-        from internvl.conversion.convert import convert
-        from internvl.folders import HF_TYPE, read_config_json
-
-        assert start.source is not None
-        where = str(start.source)
-        try:
-            kind = read_config_json(start.source)["model_type"]
-            size = sum(file.stat().st_size for file in start.source.glob("*.safetensors"))
-            if kind == HF_TYPE:
-                cure = f"take it as it is: model: {start.source}, and no stage of kind convert"
-                return [error("checkpoint.layout", "it is HF-native already", where, cure=cure)]
-            told = f"the published layout, {gib(size)} GiB"
-            free = shutil.disk_usage(self.facts.scratch).free
-            if self.quick or 2 * size > free:
-                why = "--quick" if self.quick else f"{gib(free)} GiB are free for a converted copy"
-                told += f"; looked at no further ({why})"
-                return [ok("checkpoint.layout", told, where)]
-            self._say(f"converting {start.source} for the checks that load it")
-            convert(start.source, start.folder, to="hf", allow_pickle=start.allow_pickle)
-        except UserError as fault:
-            cure = "see docs/checkpoints.md for what can be brought in"
-            return [error("checkpoint.convert", str(fault), where, cure=cure)]
-        self._folders[start] = start.folder
-        return [ok("checkpoint.convert", f"{told}: it can be brought in", where)]
-
-    def _processor(self, folder: Path) -> list[Finding]:
-        from internvl.chat import load_processor
-
-        try:
-            return check_processor(folder, load_processor(str(folder)))
-        except UserError as fault:
-            cure = "fetch the checkpoint's tokenizer and processor files again"
-            return [error("checkpoint.processor", str(fault), str(folder), cure=cure)]
-
-    def _descended(self, start: Start) -> list[StageSpec]:
-        """The training stages whose weights begin with a checkpoint."""
-        return [
-            spec
-            for spec in self.facts.training
-            if spec.model is not None and self.facts.start(spec.model) == start
-        ]
-
-    def _syncs_whole(self, spec: StageSpec) -> bool:
-        """Whether a stage hands all weights to a vLLM in its process."""
-        if spec.kind != "rl" or spec.options.get("server") or not has_vllm():
-            return False
-        by_adapter = self.facts.option(spec, "use_peft") and (
-            spec.options.get("lora_sync", "auto") != "merged"
-        )
-        return self.facts.option(spec, "sampler") in ("auto", "vllm") and not by_adapter
-
-    def _folder_of(self, spec: StageSpec) -> Path | None:
-        """The checkpoint that a stage's weights begin with, in a layout whose size can be read."""
-        if spec.model is None:
-            return None
-        start = self.facts.start(spec.model)
-        if start in self._folders:
-            return self._folders[start]
-        folder = start.source or start.folder
-        if folder in self._unsound:
-            return None
-        try:
-            count_parameters(folder)
-            read_config(folder)
-        except UserError:
-            return None
-        return folder
-
     # ---- data ----
 
     def _data(self) -> list[Finding]:
         from rewards.judging import Verifier
         from rewards.pool import VerifierPool
 
-        files = [file for file in self.facts.files() if file.path.exists()]
+        files = [file for file in self.facts.files() if is_given(file.path)]
         with Verifier(VerifierPool(1)) as verifier:
             found, self.scanned = check_files(files, self._encoder_of, self._answer_fault(verifier))
             for scanned in self.scanned:
@@ -284,7 +166,7 @@ class Examination:
         for scanned in self.scanned:
             if scanned.file.path in held:
                 found += check_leak(scanned, learned)
-        encoder = self._encoder(self._main_folder)
+        encoder = self.checkpoints.encoder(self.checkpoints.main)
         return found + check_lengths(self.facts, self.scanned, encoder)
 
     def _answer_fault(self, verifier: Any) -> Callable[[Mapping[str, Any]], str | None]:
@@ -293,41 +175,16 @@ class Examination:
 
         return lambda record: None if names_judge(record) else verifier.fault(record)
 
-    @cached_property
-    def _encoders(self) -> dict[tuple[Path, int], Encoder]:
-        return {}
-
     def _encoder_of(self, file: DataFile) -> Encoder | None:
         """What counts the tokens of a file's rows as its first stage does."""
         name = file.stages[0].removeprefix("evaluate.")
         spec = self.facts.recipe.stages[name]
-        folder, tiles = self._folder_of(spec), None
+        tiles = None
         if spec.kind in ("sft", "mpo", "rl"):
             tiles = int(self.facts.option(spec, "max_tiles"))
         elif spec.kind in ("pairs", "select"):
             tiles = int(self.facts.sampling(spec)["max-tiles"])
-        return self._encoder(folder, tiles or 12)
-
-    def _encoder(self, folder: Path | None, tiles: int = 12) -> Encoder | None:
-        if folder not in self._folders.values() or folder in self._unsound:
-            return None
-        assert folder is not None
-        from internvl.chat import load_processor
-        from internvl.encoding import Encoder
-
-        if (folder, tiles) not in self._encoders:
-            limit = read_config(folder)[0].text_config.max_position_embeddings
-            try:
-                made = Encoder(load_processor(str(folder)), tiles, limit)
-            except UserError:
-                return None  # told as checkpoint.processor
-            self._encoders[folder, tiles] = made
-        return self._encoders[folder, tiles]
-
-    @property
-    def _main_folder(self) -> Path | None:
-        """The checkpoint that most of the run begins with: the first one."""
-        return next((f for f in self._folders.values() if f not in self._unsound), None)
+        return self.checkpoints.encoder(self.checkpoints.folder_of(spec), tiles or 12)
 
     # ---- memory ----
 
@@ -338,7 +195,7 @@ class Examination:
             return [warning("memory.stage", told, cure="see internvl info CKPT for the estimate")]
         found: list[Finding] = []
         for spec in self.facts.training:
-            folder = self._folder_of(spec)
+            folder = self.checkpoints.folder_of(spec)
             if folder is not None:
                 found += check_memory(self.facts, spec, folder, device)
         return found
@@ -352,7 +209,7 @@ class Examination:
         """
         broken = {finding.where for finding in findings if finding.code == "recipe.options" and
                   finding.level == "error"}  # fmt: skip
-        folder, rows = self._main_folder, self._questions()
+        folder, rows = self.checkpoints.main, self._questions()
         if folder is None or not rows:
             told = "there is no checkpoint that can be loaded" if folder is None else "no questions"
             cure = "mend what is said above; then the engine can be looked at"
@@ -362,16 +219,18 @@ class Examination:
         self._say("one step of MPO, trainer and engine side by side")
         stages = [spec for spec in self._mpo_stages() if spec.name not in broken]
         steps = [pool.submit(self._first_loss, spec, rows) for spec in stages]
-        found = self._side_by_side(folder, rows)
-        return found + [finding for step in steps for finding in step.result()]
+        found, hours = self._side_by_side(folder, rows)
+        return found + [finding for step in steps for finding in step.result()] + hours
 
     def _mpo_stages(self) -> list[StageSpec]:
         """The MPO stages that begin with a checkpoint that is there."""
-        stages = [spec for spec in self.facts.training if spec.kind == "mpo"]
-        return [s for s in stages if s.model and self._is_sound(self.facts.start(s.model))]
-
-    def _is_sound(self, start: Start) -> bool:
-        return start in self._folders and self._folders[start] not in self._unsound
+        return [
+            spec
+            for spec in self.facts.training
+            if spec.kind == "mpo"
+            and spec.model is not None
+            and self.checkpoints.is_sound(self.facts.start(spec.model))
+        ]
 
     def _first_loss(self, spec: StageSpec, questions: Sequence[Row]) -> list[Finding]:
         from cascade.doctor.first_loss import check_first_loss
@@ -381,7 +240,7 @@ class Examination:
         pairs = [one for one in self.scanned
                  if one.file.kind == "pair" and spec.name in one.file.stages]  # fmt: skip
         rows = [pairs[0].rows[n] for n in pairs[0].sample(QUESTIONS)] if pairs else questions
-        model = start.folder if is_adapter(start.folder) else self._folders[start]
+        model = start.folder if is_adapter(start.folder) else self.checkpoints.folders[start]
         return check_first_loss(
             spec.name,
             self.facts.plain_options(spec),
@@ -391,24 +250,27 @@ class Examination:
             environment=self.facts.recipe.environment,
         )
 
-    def _side_by_side(self, folder: Path, rows: Sequence[Row]) -> list[Finding]:
+    def _side_by_side(
+        self, folder: Path, rows: Sequence[Row]
+    ) -> tuple[list[Finding], list[Finding]]:
+        """What the engine checks find, and the hours by the speeds that they saw."""
         from cascade.doctor.engine import Bench, check_engine
         from cascade.doctor.hours import Hours, measure
 
-        syncs = any(self._syncs_whole(spec) or spec.kind == "rl" for spec in self.facts.training)
+        syncs = any(spec.kind == "rl" for spec in self.facts.training)
         try:
             bench = Bench.open(folder, rows, max_tiles=self._tiles(), backend=self._backend())
         except UserError as fault:
             cure = "backend: transformers, or mend the engine: make .venv VLLM=cpu (or cuda)"
-            return [error("engine.start", str(fault), str(folder), cure=cure)]
+            return [error("engine.start", str(fault), str(folder), cure=cure)], []
         try:
             speeds = measure(bench)
             found = check_engine(bench, update=syncs and not self._is_tied(bench, folder))
         except UserError as fault:
-            return [error("engine.run", str(fault), str(folder), cure="mend what it names")]
+            return [error("engine.run", str(fault), str(folder), cure="mend what it names")], []
         finally:
             bench.close()
-        return found + Hours(self.facts, self.scanned, bench.encoder, speeds).findings()
+        return found, Hours(self.facts, self.scanned, bench.encoder, speeds).findings()
 
     def _is_tied(self, bench: Bench, folder: Path) -> bool:
         """Whether an update is known not to reach the engine (told as checkpoint.tied)."""
@@ -449,11 +311,6 @@ class Examination:
         told += f"{gib(device.free)} are free: the engine was not started"
         cure = "run doctor on the machine that will train"
         return warning("engine.skipped", told, str(folder), cure=cure)
-
-
-def _errors(findings: Sequence[Finding]) -> set[str]:
-    """The codes of the errors among findings."""
-    return {finding.code for finding in findings if finding.level == "error"}
 
 
 def _trains(file: DataFile) -> bool:

@@ -144,10 +144,12 @@ class Facts:
         given = dict(spec.launch or {})
         file = given.pop("config_file", None)
         said: dict[str, Any] = {}
-        if file is not None:
+        if file is not None:  # where it is not there, recipe.inputs says so
             path = self.path(file) if isinstance(file, Place) else Path(file)
             try:
                 said = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            except FileNotFoundError:
+                said = {}
             except (OSError, yaml.YAMLError) as fault:
                 raise UserError(
                     f"launch.config_file {path}: {' '.join(str(fault).split())}"
@@ -182,15 +184,14 @@ class Facts:
         pickled = bool(spec.options.get("allow-pickle"))
         return Start(self.scratch / spec.name, source, pickled)
 
-    def starts(self) -> dict[Start, list[StageSpec]]:
-        """The checkpoints that the recipe begins from, and the stages that use each."""
-        found: dict[Start, list[StageSpec]] = {}
+    def starts(self) -> list[Start]:
+        """The checkpoints that the recipe begins with, in order, each once."""
+        found = []
         for spec in self.stages.values():
             if spec.model is not None:
-                place = spec.model
-                start = self.start(Place(Path(), spec.name)) if spec.kind == "convert" else None
-                found.setdefault(start or self.start(place), []).append(spec)
-        return found
+                place = Place(Path(), spec.name) if spec.kind == "convert" else spec.model
+                found.append(self.start(place))
+        return list(dict.fromkeys(found))
 
     # ---- data ----
 

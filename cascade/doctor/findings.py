@@ -55,6 +55,11 @@ def worst(findings: Sequence[Finding]) -> Level:
     return next((level for level in _ORDER if level in levels), "ok")
 
 
+def error_codes(findings: Sequence[Finding]) -> set[str]:
+    """The codes of the errors among findings."""
+    return {finding.code for finding in findings if finding.level == "error"}
+
+
 def as_dict(findings: Sequence[Finding]) -> dict[str, Any]:
     """Findings as JSON."""
     counts: dict[str, int] = {level: sum(f.level == level for f in findings) for level in _ORDER}
