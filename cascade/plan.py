@@ -29,7 +29,7 @@ LAUNCH = ["--quiet", "--num_processes", "1", "--num_machines", "1", "--mixed_pre
 _MANY = ("multi_gpu", "cpu", "use_deepspeed", "use_fsdp", "use_parallelism_config")
 # options of our commands that are given once a value (`--count a=b --count c=d`), and those whose
 # false is a word of its own; a test compares both with what the parsers say
-REPEATED = ("count", "server")
+REPEATED = ("count", "dataset", "server")
 ON_OFF = ("format-negatives",)
 _IMAGES = ("image", "images")
 

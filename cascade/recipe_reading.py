@@ -45,13 +45,14 @@ class Entries:
         where = f"{self.where}.{key}" if self.where else key
         return UserError(f"{self.file}: {where} is {value!r}; {wanted}")
 
-    def only(self, known: Iterable[str]) -> None:
-        """Refuse a key that is not known, naming the nearest one that is."""
+    def only(self, known: Iterable[str], *, also: Iterable[str] = ()) -> None:
+        """Refuse a key that is not known, naming the nearest one that is; also: taken before."""
         known = [*known]
         for key in self.entries:
             if key not in known:
                 where = f"{self.where}: " if self.where else ""
-                near = _near(str(key), known, "there are: " + ", ".join(known))
+                meant = [*known, *also]
+                near = _near(str(key), meant, "there are: " + ", ".join(meant))
                 raise UserError(f"{self.file}: {where}unknown key {key!r}; {near}")
 
     def has(self, key: str) -> bool:

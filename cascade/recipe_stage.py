@@ -24,11 +24,15 @@ TRAINING_PATHS = frozenset(
     (
         *("train_file", "eval_file", "image_root", "quarantine_file", "reference_cache_dir"),
         *("server_weights_dir", "deepspeed", "fsdp_config", "accelerator_config"),
+        *("vision_from", "judge_cache"),
     )
 )
 COMMAND_PATHS = frozenset(("image-root", "datasets", "judge-cache", "base"))
 # of those, the ones that are written or only found again there: they are no inputs
-OUTPUT_PATHS = ("quarantine_file", "reference_cache_dir", "server_weights_dir", "judge-cache")
+OUTPUT_PATHS = (
+    *("quarantine_file", "reference_cache_dir", "server_weights_dir"),
+    *("judge-cache", "judge_cache"),
+)
 # what a run says itself, and where it is said in the recipe
 _SAID = {
     "model_name_or_path": "model",
@@ -127,7 +131,9 @@ class StageReading:
         gate = self._gate(model, evaluate is not None)
         if kind == "pairs":
             self._check_pairs(sections, data)
-            own.only((*("name", "image-root", "image_root"),))
+            own.only(
+                ("name", "image-root", "image_root"), also=(*SECTIONS[kind], "questions", "data")
+            )
         self._check_adapter(model)
         return StageSpec(
             name=self.name, kind=kind, options=self._options(), sections=sections, model=model,
@@ -249,13 +255,14 @@ class StageReading:
     def _gate(self, model: Place | None, evaluated: bool) -> Gate | None:
         own, top = self.own, self.top
         given = own.take("gate", None)
-        if given is False or not (given or top.has("gate")):
+        if given is False or (given is None and not top.has("gate")):
             return None
         if given is not None and not evaluated:
             raise own.fault("gate", given, "the stage is not evaluated")
         if self.kind not in TRAINING or top.get("gate", None) is False:
             return None
-        at = own.below(f"{own.where}.gate", {**top.mapping("gate"), **(given or {})})
+        own_gate = own.below(f"{own.where}.gate", given).entries
+        at = own.below(f"{own.where}.gate", {**top.mapping("gate"), **own_gate})
         at.only(("metric", "max_drop", "against"))
         before = [name for name, spec in self.earlier.items() if is_evaluated(spec)]
         against = at.get("against", model.stage if model is not None else None)
