@@ -1,11 +1,10 @@
-"""The cascade's driver on cheap stages, its recipes on the real options, and the demo, killed."""
+"""The cascade's driver on cheap stages, killed, and its recipes on the real options."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -277,72 +276,3 @@ def test_recipes_name_real_options(preset: str, tmp_path: Path) -> None:
     looking = [name for name in stages if name.startswith("evaluate.") or name.endswith(".sample")]
     trained = ["sft-careful", "sft", "mpo", "control", "rl"]
     assert budgets == dict.fromkeys([*looking, *trained], 2)
-
-
-# ---- the demo ----
-
-
-def under_way(run: Path, name: str) -> bool:
-    """Whether the demo has begun this stage and not finished it."""
-    file = run / "manifest.json"
-    entries = json.loads(file.read_text())["stages"] if file.exists() else []
-    return any(entry["name"] == name and not entry["done"] for entry in entries)
-
-
-def demo(run: Path, *, kill_in: str = "", after: float = 0.0) -> str:
-    """`cascade demo --preset tiny`; returns its output.
-
-    kill_in: the stage in which all of it is killed, `after` seconds from the stage's start.
-    """
-    log = run.with_suffix(".log")
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cascade", "demo", "--preset", "tiny", "--output", str(run)],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )
-    deadline = time.monotonic() + 1200
-    while kill_in and not under_way(run, kill_in):
-        assert process.poll() is None, log.read_text(errors="replace")[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    if kill_in:
-        time.sleep(after)
-        kill_all(run, process)
-    else:
-        code = process.wait(timeout=1200)
-        assert code == 0, log.read_text(errors="replace")[-3000:]
-    return log.read_text(errors="replace")
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("vllm")
-def test_the_demo_killed_twice(tmp_path: Path) -> None:
-    """It ends with the weights and numbers of an uninterrupted run, and then has nothing to do."""
-    reference, run = tmp_path / "reference", tmp_path / "killed"
-    demo(reference)
-    whole = json.loads((reference / "summary.json").read_text())
-    rng = random.Random(2)
-    for names in (("sft-careful", "sft", "pairs.sample"), ("mpo", "select.sample", "rl")):
-        demo(run, kill_in=rng.choice(names), after=rng.uniform(0, 12))
-        assert not (run / "summary.json").exists()
-    demo(run)
-
-    summary = json.loads((run / "summary.json").read_text())
-    assert set(summary) == {"seed", "seconds", "stages"}
-    assert [stage["name"] for stage in summary["stages"]] == ["sft", "mpo", "rl"]
-    keys = {"name", "greedy", "sampled", "sampled_se", "format", "n"}
-    assert all(set(stage) == keys for stage in summary["stages"])
-    assert (summary["seed"], summary["stages"]) == (whole["seed"], whole["stages"])
-    for name in ("sft-careful", "sft", "mpo", "rl"):
-        weights = Path("stages") / name / "model.safetensors"
-        assert (run / weights).read_bytes() == (reference / weights).read_bytes(), name
-    assert (run / "report.html").stat().st_size > 10_000
-
-    said = demo(run)
-    assert ": python -m" not in said
-    done = Manifest(run / "manifest.json", 0, "tiny").data["stages"]
-    assert said.count("done before") == len(done)
-    assert all(entry["done"] for entry in done)
