@@ -1,4 +1,4 @@
-"""Random JPEG compression of training images, as InternVL 2.5 does it (arXiv 2412.05271, 2.2.2).
+"""Random JPEG compression of training images, as InternVL 2.5 has it (arXiv 2412.05271).
 
     decoded picture -> JPEG of a quality drawn for it, 75 to 100 -> decoded again -> tiles
 

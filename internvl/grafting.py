@@ -3,9 +3,10 @@
     donor   vision tower, projector (where it fits)      trained with a small language model
     base    language model, tokenizer, tile processor    a larger one
 
-as InternVL 2.5 grows (arXiv 2412.05271, section 3.2): a ViT that was trained with a small language
-model goes under a large one without being trained again. A projector goes with it where the two
-language models are equally wide; otherwise a new one is made, which `stage: mlp_warmup` trains.
+as InternVL 2.5 grows (arXiv 2412.05271, "Progressive Scaling Strategy"): a ViT that was trained
+with a small language model goes under a large one without being trained again. A projector goes
+with it where the two language models are equally wide; otherwise a new one is made, which
+`stage: mlp_warmup` trains.
 """
 
 from __future__ import annotations

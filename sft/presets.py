@@ -4,8 +4,8 @@
     vit_incremental   vision tower and projector, the language model frozen
     full              everything
 
-as InternVL 2.5 trains them (arXiv 2412.05271, section 3.1: stages 1, 1.5 and 2); its numbers stand
-in docs/training.md.
+as InternVL 2.5 trains them (arXiv 2412.05271, "Single Model Training Pipeline": stages 1, 1.5 and
+2); its numbers stand in docs/training.md.
 """
 
 from __future__ import annotations
