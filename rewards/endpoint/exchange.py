@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from openai import OpenAI
+    from openai import APIStatusError, OpenAI
 
 MAX_REPLY = 1_000_000  # bytes of a response
 _LONGEST_RETRY_AFTER = 120.0  # seconds; a server that asks for more is not asked again
@@ -50,18 +50,18 @@ def exchange(client: OpenAI, request: dict[str, Any], timeout: float) -> Respons
     except APIConnectionError:
         return Response(None, "no connection")
     except APIStatusError as error:
-        return _status_response(error.status_code, error.message, error.response.headers)
+        return _status_response(error)
     except httpx2.HTTPError:  # within the body, also that of an error, which the client reads
         return Response(None, "the connection broke")
 
 
-def _status_response(status: int, message: str, headers: Mapping[str, str]) -> Response:
-    seconds = retry_after(headers)
-    passing = (status in _PASSING or status >= 500) and _NO_MONEY not in message
+def _status_response(error: APIStatusError) -> Response:
+    status, seconds = error.status_code, retry_after(error.response.headers)
+    passing = (status in _PASSING or status >= 500) and error.code != _NO_MONEY
     return Response(
         text=None,
         reason=f"HTTP {status}",
-        detail=" ".join(message.split())[:300],
+        detail=" ".join(error.message.split())[:300],
         try_again=passing and (seconds is None or seconds <= _LONGEST_RETRY_AFTER),
         retry_after=seconds,
         rate_limited=status == 429 and passing,
