@@ -322,6 +322,66 @@ def test_an_id_twice_in_a_data_set(
     assert f"{two}:1: id 'q0' of data set 'd' is that of {one}:1, too" in said
 
 
+def test_an_adapter_that_vllm_cannot_put_on_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Told before anything is loaded, with what to do."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    file, adapter, base = questions(tmp_path), tmp_path / "adapter", tmp_path / "base"
+    for folder in (adapter, base):
+        folder.mkdir()
+    (base / "config.json").write_text("{}")
+    opened: list[dict[str, Any]] = []
+
+    def told(settings: dict[str, Any], tensor: str, backend: str, *words: str) -> str:
+        whole = {"peft_type": "LORA", "base_model_name_or_path": str(base), **settings}
+        (adapter / "adapter_config.json").write_text(json.dumps(whole))
+        save_file({tensor: np.zeros(1, np.float32)}, adapter / "adapter_model.safetensors")
+        monkeypatch.setattr("internvl.sampler.choose_backend", lambda *_: backend)
+        words = (f"--model={adapter}", *words)
+        said = refused(capsys, lambda: evaluate(monkeypatch, file, tmp_path / "o", *words))
+        assert said.rstrip().endswith(f"internvl merge {adapter} OUTPUT")
+        return said
+
+    llm = "base_model.model.model.language_model.layers.0.q_proj.lora_A.weight"
+    said = told({"r": 4}, llm, "transformers")
+    assert "a LoRA adapter, which transformers does not sample from: make one checkpoint" in said
+    said = told({"r": 4, "modules_to_save": ["lm_head"]}, llm, "vllm")
+    assert "the adapter holds whole modules (modules_to_save)" in said
+    assert "the adapter is a DoRA" in told({"use_dora": True}, llm, "vllm")
+    tower = "base_model.model.model.vision_tower.layer.0.q_proj.lora_A.weight"
+    said = told({"r": 4}, tower, "vllm")
+    assert f"the adapter is not of the language model alone ({tower})" in said
+    said = told({"r": 4}, llm, "vllm", "--server=http://h/v1")
+    assert "servers are asked for a whole model" in said
+
+    class Engine(FakeSampler):
+        def update_adapter(self, folder: Path) -> None:
+            opened.append({"adapter": folder})
+
+    engine = Engine()
+    told_to = {"r": 4, "rank_pattern": {"q_proj": 12}}
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(base), **told_to})
+    )
+    save_file({llm: np.zeros(1, np.float32)}, adapter / "adapter_model.safetensors")
+
+    def opener(folder: Path, **options: Any) -> FakeSampler:
+        opened.append({"base": folder, "rank": options["max_lora_rank"]})
+        return engine
+
+    words = ["--workers=1", f"--model={adapter}", f"--output={tmp_path / 'good'}"]
+    monkeypatch.setattr("internvl.sampler.open_sampler", opener)
+    main(["evaluate", str(file), *words])
+    assert opened == [{"base": base, "rank": 12}, {"adapter": adapter}]
+    before = json.loads((tmp_path / "good" / "settings.json").read_text())["fingerprint"]
+    (base / "config.json").write_text('{"another": "base"}')
+    assert "fingerprint was " in refused(capsys, lambda: main(["evaluate", str(file), *words]))
+    assert len(before) == 32
+
+
 # ---- two evaluations compared ----
 
 

@@ -61,12 +61,11 @@ def test_completions_are_the_engine_s(
     assert json.loads((out / "settings.json").read_text())["backend"] == vllm_sampler.name
 
 
-def run(*words: object) -> str:
-    """`cascade evaluate` as a process; returns what it says."""
+def run(*words: object) -> None:
+    """`cascade evaluate` as a process."""
     command = [sys.executable, "-m", "cascade", "evaluate", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=500)
-    assert done.returncode in (0, 2), done.stderr[-3000:]
-    return done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
@@ -108,15 +107,6 @@ def test_an_adapter_answers_as_its_merged_model(
         )
         found[name] = [one["greedy"]["completion"] for one in predictions(tmp_path / f"{name}-e")]
     assert found["adapter"] == found["merged"] != found["base"]
-
-    said = run(*words, f"--model={adapter}", f"--output={tmp_path / 'r'}", "--backend=transformers")
-    assert "a LoRA adapter, which takes vLLM: make one checkpoint of it and its base" in said
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(
-        json.dumps({**settings, "modules_to_save": ["multi_modal_projector"]})
-    )
-    said = run(*words, f"--model={adapter}", f"--output={tmp_path / 's'}")
-    assert "the adapter holds whole modules (modules_to_save)" in said
 
 
 SLOWLY = """
