@@ -9,8 +9,10 @@ import pytest
 from doctor_cases import PLANTED, Planted, copy_of, make_healthy
 
 from cascade.cli import main
-from cascade.doctor.command import examine
+from cascade.doctor.command import Options, examine
 from cascade.doctor.findings import Finding
+
+QUICK = Options(quick=True)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def wrong(findings: list[Finding]) -> list[Finding]:
 
 
 def test_nothing_is_wrong_with_a_healthy_recipe(healthy: Path) -> None:
-    findings = examine(healthy / "recipe.yaml", quick=True)
+    findings = examine(healthy / "recipe.yaml", QUICK)
     assert wrong(findings) == []
     groups = {finding.group for finding in findings}
     assert groups == {"environment", "recipe", "data", "checkpoint", "memory"}
@@ -38,7 +40,7 @@ def test_a_planted_fault_is_named_with_its_cure(
 ) -> None:
     folder = copy_of(healthy, tmp_path)
     fault.plant(folder)
-    found = wrong(examine(folder / "recipe.yaml", quick=True))
+    found = wrong(examine(folder / "recipe.yaml", QUICK))
     assert {finding.code: finding.level for finding in found} == fault.codes
     assert fault.found in found[0].found
     assert fault.cure in found[0].cure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import shutil
 from dataclasses import fields
@@ -26,6 +27,7 @@ from cascade.doctor.facts import (
 from cascade.doctor.findings import Finding
 from cascade.doctor.memory import Device, check_memory, moments
 from cascade.recipe import load_recipe
+from internvl.info import count_parameters, read_config
 
 VERSIONS = {"torch": "2.13.0+cpu", "vllm": "0.31.0", "peft": "0.22.0"}
 WANTED = ["torch>=2.11,<2.14", "peft>=0.21,<1", 'vllm==0.31.0; extra == "vllm"']
@@ -116,6 +118,8 @@ def test_each_file_is_looked_at_once(tmp_path: Path) -> None:
     files = {file.path.name: file for file in recipe_of(tmp_path).files()}
     assert set(files) == {"sft.jsonl", "preference.jsonl", "rl.jsonl", "heldout.jsonl"}
     assert files["heldout.jsonl"].stages == ("evaluate.sft", "evaluate.mpo", "evaluate.rl")
+    trained = {name for name, file in files.items() if file.trained}
+    assert trained == {"sft.jsonl", "preference.jsonl", "rl.jsonl"}
     assert files["preference.jsonl"].answers
     assert not files["sft.jsonl"].answers
 
@@ -161,12 +165,12 @@ def test_the_defaults_are_those_of_the_commands() -> None:
 
 
 def test_memory_that_is_not_there(tiny_model: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_model, tmp_path / "model")
     facts = recipe_of(tmp_path)
-    folder, mpo = tmp_path / "model", facts.stages["mpo"]
+    config, parameters = read_config(tiny_model)[0], count_parameters(tiny_model)[0]
+    mpo = facts.stages["mpo"]
 
     def level(total: int, free: int) -> str:
-        [found] = check_memory(facts, mpo, folder, Device(total, free, gpu=False))
+        [found] = check_memory(facts, mpo, config, parameters, Device(total, free, gpu=False))
         assert found.where == "stages.mpo"
         return found.level
 
@@ -174,3 +178,18 @@ def test_memory_that_is_not_there(tiny_model: Path, tmp_path: Path) -> None:
     assert level(2**34, 2**20) == "warning"  # for now something else has it
     assert level(2**22, 2**22) == "error"  # weights, gradients and optimizer alone are more
     assert (moments("adamw_torch_fused"), moments("adamw_8bit"), moments("sgd")) == (8, 2, 0)
+
+
+def test_every_code_is_explained() -> None:
+    root = Path(__file__).resolve().parent.parent
+    groups = ("environment", "recipe", "data", "checkpoint", "memory", "engine", "mpo", "hours")
+    code = re.compile(rf'"((?:{"|".join(groups)})\.[a-z0-9-]+)"')
+    used = {
+        found
+        for file in (root / "cascade" / "doctor").glob("*.py")
+        for found in code.findall(file.read_text(encoding="utf-8"))
+    }
+    explained = set(
+        re.findall(r"\*\*([a-z]+\.[a-z0-9-]+)\*\*", (root / "docs/doctor.md").read_text())
+    )
+    assert explained == used

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cascade.doctor.findings import Finding, error, ok, some, warning
 from internvl.adapters import is_adapter, named_base
@@ -18,6 +18,9 @@ from internvl.errors import UserError
 from internvl.folders import CHAT_TYPE, read_config_json
 from internvl.info import count_parameters
 from internvl.positions import checkpoint_step
+
+if TYPE_CHECKING:
+    from transformers import InternVLConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LOOKED_INTO = 1 << 20  # numbers of one tensor
@@ -108,11 +111,8 @@ def _beginning(tensor: Any) -> Any:
 # ---------------------------------------------------------------- processor and template
 
 
-def check_processor(folder: Path, processor: Any) -> list[Finding]:
+def check_processor(folder: Path, processor: Any, config: InternVLConfig) -> list[Finding]:
     """Template, tokens, tiles and pixels of a processor against the model that it belongs to."""
-    from internvl.info import read_config
-
-    config = read_config(folder)[0]
     where = str(folder)
     return [
         *check_template(processor, where),
@@ -172,7 +172,12 @@ def check_tokens(processor: Any, config: Any, where: str) -> list[Finding]:
     split = [
         name
         for name in [*names, "<|im_start|>", "<|im_end|>"]
-        if len(tokenizer(name, add_special_tokens=False)["input_ids"]) != 1
+        # a SentencePiece tokenizer may write a space before it
+        if tokenizer(name, add_special_tokens=False)["input_ids"].count(
+            tokenizer.convert_tokens_to_ids(name)
+        )
+        != 1
+        or tokenizer.convert_tokens_to_ids(name) == tokenizer.unk_token_id
     ]
     if split:
         told = f"the tokenizer takes {some(split, 5)} apart: they are no special tokens of it"
@@ -243,8 +248,15 @@ def _near(value: Iterable[float], wanted: Sequence[float]) -> bool:
 # ---------------------------------------------------------------- the model
 
 
-def check_model(folder: Path, *, vllm: bool, vllm_on_cpu: bool, syncs: Sequence[str],
-                mpo: Sequence[str]) -> list[Finding]:  # fmt: skip
+def check_model(
+    folder: Path,
+    config: InternVLConfig,
+    *,
+    vllm: bool,
+    vllm_on_cpu: bool,
+    syncs: Sequence[str],
+    mpo: Sequence[str],
+) -> list[Finding]:
     """What a model's configuration means for the engine and the stages.
 
     vllm: vLLM was asked for by name. vllm_on_cpu: the vLLM that would be used runs on the CPU.
@@ -252,10 +264,8 @@ def check_model(folder: Path, *, vllm: bool, vllm_on_cpu: bool, syncs: Sequence[
     """
     from internvl.attention.choice import check_language_model
     from internvl.conversion.heads import has_own_head
-    from internvl.info import read_config
 
     raw, where = read_config_json(folder), str(folder)
-    config = read_config(folder)[0]
     found = []
     try:
         check_language_model(config.text_config)

@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="start nothing: no engine, no stage (seconds)"
     )
     parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where the run will write (as of `cascade run`)"
+    )
+    parser.add_argument(
+        "--with",
+        dest="extra",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="an optional stage that will run, too; may be given more than once",
+    )
+    parser.add_argument(
+        "--backend", choices=("auto", "vllm", "transformers"), help="instead of the recipe's"
+    )
+    parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write all findings there, as JSON"
     )
 
@@ -39,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the findings; exit code 0, or 1 where there are errors (2: the recipe is unusable)."""
     started = time.monotonic()
-    findings = examine(args.recipe, quick=args.quick, say=_say)
+    options = Options(args.quick, tuple(args.extra), args.output, args.backend)
+    findings = examine(args.recipe, options, say=_say)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.json, {"recipe": str(args.recipe), **as_dict(findings)})
@@ -48,14 +63,31 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
-def examine(recipe: Path, *, quick: bool = False, say: object = None) -> list[Finding]:
+@dataclass(frozen=True)
+class Options:
+    """How a recipe is looked at.
+
+    quick: nothing is started. extra: optional stages that will run. output, backend: instead of
+    the recipe's.
+    """
+
+    quick: bool = False
+    extra: tuple[str, ...] = ()
+    output: Path | None = None
+    backend: str | None = None
+
+
+def examine(
+    recipe: Path, options: Options = Options(), *, say: Callable[[str], None] | None = None
+) -> list[Finding]:
     """The findings of a recipe; raises `UserError` for one that cannot be read.
 
-    quick: nothing is started. say: told what is done next.
+    say: told what is done next.
     """
     from cascade.recipe import load_recipe
 
     read = load_recipe(recipe)  # before anything heavy is imported
+    read = replace(read, backend=options.backend or read.backend)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
@@ -64,8 +96,8 @@ def examine(recipe: Path, *, quick: bool = False, say: object = None) -> list[Fi
 
     logging.disable_progress_bar()
     with scratch_folder() as scratch:
-        tell = say if callable(say) else _quiet
-        found = Examination(Facts(read, scratch), quick=quick, say=tell).run()
+        facts = Facts(read, scratch, extra=options.extra, output=options.output)
+        found = Examination(facts, quick=options.quick, say=say or _quiet).run()
     here = f"{scratch}{os.sep}"  # what was made there is named as the recipe names it
     return [
         replace(f, found=f.found.replace(here, ""), where=f.where.replace(here, "")) for f in found

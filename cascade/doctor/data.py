@@ -35,8 +35,9 @@ _CONTROL = re.compile(r"<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>|</?img>|<IMG
 class DataFile:
     """A file that stages read.
 
-    stages: their names. answers: completions are judged by its gold answers. room: tokens that a
-    completion may take behind its prompt. max_bad: the share (< 1) or number of bad rows borne.
+    stages: their names. trained: it is learned from, and not only looked at. answers: completions
+    are judged by its gold answers. room: tokens that a completion may take behind its prompt.
+    max_bad: the share (< 1) or number of bad rows borne.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class DataFile:
     stages: tuple[str, ...]
     image_root: Path | None = None
     answers: bool = False
+    trained: bool = True
     room: int = 0
     max_bad: float = 0.05
 
@@ -98,7 +100,7 @@ def open_file(file: DataFile) -> Scanned | Finding:
         cure = "write the file's path as it is, relative to the recipe's file"
         return Finding("error", "data.file", str(fault), file.where, cure)
     scanned = Scanned(file, rows, spread(range(len(rows)), SCANNED))
-    lines: dict[str, int] = {}
+    lines: dict[tuple[Path, str], int] = {}
     for number in scanned.numbers:
         row = rows[number]
         if row.fault is not None:
@@ -107,7 +109,7 @@ def open_file(file: DataFile) -> Scanned | Finding:
         for question in questions_of(row):
             scanned.by_question[question].append(number)
         if file.kind == "question":
-            first = lines.setdefault(str(row.data["id"]), row.line)
+            first = lines.setdefault((row.file, str(row.data["id"])), row.line)
             if first != row.line:
                 scanned.repeated.append((str(row.data["id"]), first, row.line))
     return scanned

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -32,7 +32,6 @@ from cascade.doctor.starts import Checkpoints, Say
 from cascade.recipe import StageSpec
 from internvl.adapters import is_adapter
 from internvl.errors import UserError
-from internvl.info import count_parameters, read_config
 from internvl.memory import count_lora
 
 if TYPE_CHECKING:
@@ -55,6 +54,7 @@ class Examination:
         self.facts, self.quick, self._say = facts, quick, say
         self.scanned: list[Scanned] = []
         self.checkpoints = Checkpoints(facts, quick=quick, say=say)
+        self._commands: dict[str, list[str]] = {}  # of the run's processes, by their names
 
     def run(self) -> list[Finding]:
         """The findings of all checks, in order."""
@@ -104,10 +104,10 @@ class Examination:
         folder = self.checkpoints.folder_of(spec)
         if folder is None:
             return 0
-        parameters = sum(count_parameters(folder)[0].values())
-        trained = parameters
+        config, parts = self.checkpoints.model(folder)
+        trained = parameters = sum(parts.values())
         if self.facts.option(spec, "use_peft"):
-            trained = count_lora(read_config(folder)[0], int(self.facts.option(spec, "lora_r")))
+            trained = count_lora(config, int(self.facts.option(spec, "lora_r")))
         return disk_bytes(self.facts, spec, parameters, trained) * len(self.facts.recipe.seeds)
 
     def _recipe(self) -> list[Finding]:
@@ -138,12 +138,13 @@ class Examination:
 
         recipe = self.facts.recipe
         try:
-            stages = plan(recipe, self.facts.output, recipe.seeds[0])
+            stages = plan(recipe, self.facts.output, recipe.seeds[0], extra=self.facts.extra)
         except UserError as fault:
             told, cure = str(fault), "put the file there, or change that line"
             return [error("recipe.plan", told, str(recipe.file), cure=cure)]
         checked = check_options(stages, {**recipe.environment, **os.environ})
         self.facts.resolved = checked.options
+        self._commands = {stage.name: stage.command for stage in stages}
         cure = "change that line; --help of the stage's command lists its options"
         found = [error("recipe.options", told, name, cure=cure) for name, told in checked.faults]
         told = f"the options of {len(stages)} processes are options of their commands"
@@ -161,8 +162,8 @@ class Examination:
             for scanned in self.scanned:
                 if scanned.file.answers:
                     found += check_gold(scanned, verifier)
-        held = set(self.facts.held_out())
-        learned = [one for one in self.scanned if one.file.path not in held or _trains(one.file)]
+        held = self.facts.held_out()
+        learned = [one for one in self.scanned if one.file.trained]
         for scanned in self.scanned:
             if scanned.file.path in held:
                 found += check_leak(scanned, learned)
@@ -197,7 +198,7 @@ class Examination:
         for spec in self.facts.training:
             folder = self.checkpoints.folder_of(spec)
             if folder is not None:
-                found += check_memory(self.facts, spec, folder, device)
+                found += check_memory(self.facts, spec, *self.checkpoints.model(folder), device)
         return found
 
     # ---- what starts something ----
@@ -205,10 +206,10 @@ class Examination:
     def _engine(self, pool: ThreadPoolExecutor, findings: Sequence[Finding]) -> list[Finding]:
         """Trainer and engine side by side, and beside them one step of each MPO stage.
 
-        findings: so far; a stage whose options are refused is not started.
+        findings: so far; a stage whose options are refused, or that has no room, is not started.
         """
-        broken = {finding.where for finding in findings if finding.code == "recipe.options" and
-                  finding.level == "error"}  # fmt: skip
+        broken = {f.where.removeprefix("stages.") for f in findings if f.level == "error"
+                  and f.code in ("recipe.options", "memory.stage")}  # fmt: skip
         folder, rows = self.checkpoints.main, self._questions()
         if folder is None or not rows:
             told = "there is no checkpoint that can be loaded" if folder is None else "no questions"
@@ -216,9 +217,13 @@ class Examination:
             return [warning("engine.skipped", f"{told}: the engine was not started", cure=cure)]
         if fault := self._no_room(folder):
             return [fault]
+        import torch
+
         self._say("one step of MPO, trainer and engine side by side")
         stages = [spec for spec in self._mpo_stages() if spec.name not in broken]
         steps = [pool.submit(self._first_loss, spec, rows) for spec in stages]
+        if torch.cuda.is_available():
+            wait(steps)  # one after the other: each takes the GPU's memory
         found, hours = self._side_by_side(folder, rows)
         return found + [finding for step in steps for finding in step.result()] + hours
 
@@ -247,6 +252,8 @@ class Examination:
             rows,
             model=model,
             folder=self.facts.scratch / f"first-loss-{spec.name}",
+            command=self._commands.get(spec.name, []),
+            launch=self.facts.launch(spec),
             environment=self.facts.recipe.environment,
         )
 
@@ -254,6 +261,8 @@ class Examination:
         self, folder: Path, rows: Sequence[Row]
     ) -> tuple[list[Finding], list[Finding]]:
         """What the engine checks find, and the hours by the speeds that they saw."""
+        import torch
+
         from cascade.doctor.engine import Bench, check_engine
         from cascade.doctor.hours import Hours, measure
 
@@ -266,6 +275,10 @@ class Examination:
         try:
             speeds = measure(bench)
             found = check_engine(bench, update=syncs and not self._is_tied(bench, folder))
+        except torch.OutOfMemoryError as fault:
+            told = f"trainer and engine do not fit beside each other: {str(fault).splitlines()[0]}"
+            cure = "free the GPU, or run doctor with a smaller checkpoint of the family"
+            return [warning("engine.skipped", told, str(folder), cure=cure)], []
         except UserError as fault:
             return [error("engine.run", str(fault), str(folder), cure="mend what it names")], []
         finally:
@@ -274,7 +287,7 @@ class Examination:
 
     def _is_tied(self, bench: Bench, folder: Path) -> bool:
         """Whether an update is known not to reach the engine (told as checkpoint.tied)."""
-        tied = bool(read_config(folder)[0].tie_word_embeddings)
+        tied = bool(self.checkpoints.model(folder)[0].tie_word_embeddings)
         return tied and bench.sampler.name == "vllm" and vllm_on_cpu()
 
     def _questions(self) -> list[Row]:
@@ -303,7 +316,7 @@ class Examination:
     def _no_room(self, folder: Path) -> Finding | None:
         """Why the weights cannot be held here, or None."""
         device = this_device()
-        parameters = sum(count_parameters(folder)[0].values())
+        parameters = sum(self.checkpoints.model(folder)[1].values())
         need = _COPIES * parameters * (2 if device is not None and device.gpu else 4)
         if device is None or need <= device.free:
             return None
@@ -311,10 +324,6 @@ class Examination:
         told += f"{gib(device.free)} are free: the engine was not started"
         cure = "run doctor on the machine that will train"
         return warning("engine.skipped", told, str(folder), cure=cure)
-
-
-def _trains(file: DataFile) -> bool:
-    return any(not stage.startswith("evaluate.") for stage in file.stages)
 
 
 @contextmanager

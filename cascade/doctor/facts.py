@@ -6,7 +6,7 @@ a published checkpoint that `convert` will bring in, or a world, of which a litt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from cascade.doctor.data import DataFile
+from cascade.plan import chosen_stages
 from cascade.recipe import Place, Recipe, StageSpec
 from internvl.data import Kind
 from internvl.errors import UserError
@@ -86,24 +87,28 @@ class Launch:
 class Facts:
     """A recipe and a folder for what is made of it here.
 
-    stages: those that run without being asked for.
+    stages: those that would run, with the optional ones in `extra`. output: where it would write,
+    instead of where the recipe says.
     """
 
-    def __init__(self, recipe: Recipe, scratch: Path):
-        self.recipe, self.scratch = recipe, scratch
+    def __init__(
+        self,
+        recipe: Recipe,
+        scratch: Path,
+        *,
+        extra: Collection[str] = (),
+        output: Path | None = None,
+    ):
+        self.recipe, self.scratch, self.extra = recipe, scratch, tuple(extra)
+        self.output = output or recipe.output or Path("runs") / recipe.name
         # every option of a training stage, where its own parser was asked
         self.resolved: Mapping[str, Mapping[str, Any]] = {}
-        self.stages = {name: spec for name, spec in recipe.stages.items() if not spec.optional}
+        self.stages = chosen_stages(recipe, extra)
 
     @property
     def training(self) -> list[StageSpec]:
         """The training stages, in order."""
         return [spec for spec in self.stages.values() if spec.kind in TRAINING]
-
-    @property
-    def output(self) -> Path:
-        """Where the run will write."""
-        return self.recipe.output or Path("runs") / self.recipe.name
 
     # ---- options ----
 
@@ -205,19 +210,14 @@ class Facts:
                 known,
                 stages=tuple(dict.fromkeys((*known.stages, *file.stages))),
                 answers=known.answers or file.answers,
+                trained=known.trained or file.trained,
                 room=max(known.room, file.room),
             )
         return list(merged.values())
 
-    def held_out(self) -> list[Path]:
-        """The files of held-out questions."""
-        found = [
-            self.path(place)
-            for spec in self.stages.values()
-            for place in self._held_out_of(spec)
-            if self.is_there(place)
-        ]
-        return list(dict.fromkeys(found))
+    def held_out(self) -> set[Path]:
+        """The files that stages look at without learning from them."""
+        return {file.path for file in self._files() if not file.trained}
 
     def _held_out_of(self, spec: StageSpec) -> Sequence[Place]:
         return spec.questions if spec.kind == "evaluate" else spec.evaluate_questions
@@ -229,12 +229,14 @@ class Facts:
             elif spec.kind in ("pairs", "select"):
                 options = {**(spec.sections.get("sample") or {}), **spec.options}
                 answers = spec.sections.get("verify") is not None
-                yield from self._questions(spec.name, spec.questions, options, answers=answers)
+                yield from self._questions(
+                    spec.name, spec.questions, options, answers=answers, trained=True
+                )
             evaluation = self.evaluation(spec)
             if evaluation is not None:
                 name = spec.name if spec.kind == "evaluate" else f"evaluate.{spec.name}"
                 held_out = self._held_out_of(spec)
-                yield from self._questions(name, held_out, evaluation, answers=True)
+                yield from self._questions(name, held_out, evaluation, answers=True, trained=False)
 
     def _training_files(self, spec: StageSpec) -> Iterator[DataFile]:
         root = spec.options.get("image_root")
@@ -248,12 +250,19 @@ class Facts:
                         (spec.name,),
                         self.path(root) if isinstance(root, Place) else None,
                         answers=spec.kind == "rl",
+                        trained=name == "train_file",
                         room=self.option(spec, "max_completion_length") if spec.kind == "rl" else 0,
                         max_bad=self.option(spec, "max_bad"),
                     )
 
     def _questions(
-        self, name: str, places: Sequence[Place], options: Mapping[str, Any], *, answers: bool
+        self,
+        name: str,
+        places: Sequence[Place],
+        options: Mapping[str, Any],
+        *,
+        answers: bool,
+        trained: bool,
     ) -> Iterator[DataFile]:
         root = options.get("image-root")
         for place in places:
@@ -264,6 +273,7 @@ class Facts:
                     (name,),
                     self.path(root) if isinstance(root, Place) else None,
                     answers=answers,
+                    trained=trained,
                     max_bad=float(options.get("max-bad", DEFAULTS["max_bad"])),
                 )
 

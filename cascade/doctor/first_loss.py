@@ -20,11 +20,13 @@ from typing import Any
 
 import yaml
 
+from cascade.doctor.facts import Launch
 from cascade.doctor.findings import Finding, error, ok, warning
 from internvl.data import Row, write_jsonl
 from internvl.data.exports import store_images
 
 PAIRS = 4
+ALONE = Launch()
 TOLERANCE = 1e-3  # MPO's own
 SECONDS = 540  # a command that takes longer is ended
 _FIRST = re.compile(r"first loss ([-\w.]+)(?:, expected ([-\w.]+))?")
@@ -101,20 +103,30 @@ def check_first_loss(
     *,
     model: Path,
     folder: Path,
+    command: Sequence[str] = (),
+    launch: Launch = ALONE,
     environment: Mapping[str, str] | None = None,
 ) -> list[Finding]:
     """Run one step of an MPO stage and look at what it says of its first loss.
 
-    rows: pairs, or questions to make some of. folder: for its files.
+    rows: pairs, or questions to make some of. folder: for its files. command: the stage's in the
+    run, which is taken where it starts several processes (they all have to be on this machine).
     """
+    if launch.processes > launch.here:
+        told = f"{launch.processes} processes on several machines: its first step was not run"
+        cure = "look at the first line of the run: it says first loss, expected"
+        return [warning("mpo.first-loss", told, stage, cure=cure)]
     folder.mkdir(parents=True, exist_ok=True)
-    config = step_config(options, model=model, pairs=pairs_of(rows[:PAIRS], folder), folder=folder)
-    file = folder / "mpo.yaml"
+    rows = (list(rows) * PAIRS * launch.processes)[: PAIRS * launch.processes]
+    config = step_config(options, model=model, pairs=pairs_of(rows, folder), folder=folder)
+    file = folder / "step.yaml"
     file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    command = [sys.executable, "-m", "mpo", "--config", str(file)]
+    words = ["-m", "mpo", "--config", str(file)]
+    if launch.processes > 1 and command:
+        words = [*command[:-1], str(file)]
     try:
         done = subprocess.run(
-            command,
+            [sys.executable, *words],
             capture_output=True,
             text=True,
             timeout=SECONDS,

@@ -112,7 +112,8 @@ def check_gold(scanned: Scanned, verifier: Verifier) -> list[Finding]:
             continue  # told as data.answers; the judge's affair
         names = matcher_names(row.data.get("matcher"))
         if not set(names) & {*GROUNDING, JUDGE}:
-            gold = next(iter(gold_answers(row.data["answer"], names)))
+            golds = Counter(gold_answers(row.data["answer"], names))
+            gold = golds.most_common(1)[0][0]  # of several people's the one that most gave
             asked += [(row, f"Final Answer: {gold}"), (row, f"\\boxed{{{gold}}}")]
     if not asked:
         return []

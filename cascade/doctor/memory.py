@@ -11,7 +11,6 @@ from cascade.doctor.environment import gib
 from cascade.doctor.facts import Facts, Launch
 from cascade.doctor.findings import Finding, error, ok, warning
 from cascade.recipe import StageSpec
-from internvl.info import count_parameters, read_config
 from internvl.memory import GIB, Memory, State, Work, count_lora, estimate
 from internvl.parts import PARTS
 
@@ -59,14 +58,16 @@ def this_device() -> Device | None:
     return Device(total, free, gpu=False)
 
 
-def check_memory(facts: Facts, spec: StageSpec, folder: Path, device: Device) -> list[Finding]:
-    """One training stage's estimate against a device's memory.
-
-    folder: the checkpoint that it starts from, in either layout.
-    """
-    config = read_config(folder)[0]
+def check_memory(
+    facts: Facts,
+    spec: StageSpec,
+    config: InternVLConfig,
+    parameters: Mapping[str, int],
+    device: Device,
+) -> list[Finding]:
+    """One training stage's estimate against a device's memory; parameters: by part."""
     launch = facts.launch(spec)
-    need = estimate_stage(facts, spec, config, count_parameters(folder)[0], launch, device)
+    need = estimate_stage(facts, spec, config, parameters, launch, device)
     on_cpu = 1 if device.gpu else launch.here
     total = need.total * on_cpu
     parts = {

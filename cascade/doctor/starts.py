@@ -18,6 +18,8 @@ from internvl.folders import HF_TYPE, read_config_json
 from internvl.info import count_parameters, read_config
 
 if TYPE_CHECKING:
+    from transformers import InternVLConfig, InternVLProcessor
+
     from internvl.encoding import Encoder
 
 Say = Callable[[str], None]
@@ -35,6 +37,8 @@ class Checkpoints:
         self.folders: dict[Start, Path] = {}
         self._unsound: set[Path] = set()  # folders of which nothing can be made: told already
         self._encoders: dict[tuple[Path, int], Encoder] = {}
+        self._models: dict[Path, tuple[InternVLConfig, dict[str, int]]] = {}
+        self._processors: dict[Path, InternVLProcessor] = {}
 
     def check(self) -> list[Finding]:
         """The checks of all of them, each once."""
@@ -53,14 +57,18 @@ class Checkpoints:
         """What counts tokens by a sound checkpoint's processor; None without one."""
         if folder is None or folder not in self.folders.values() or folder in self._unsound:
             return None
-        from internvl.chat import load_processor
         from internvl.encoding import Encoder
 
         if (folder, tiles) not in self._encoders:
-            limit = read_config(folder)[0].text_config.max_position_embeddings
-            made = Encoder(load_processor(str(folder)), tiles, limit)
-            self._encoders[folder, tiles] = made
+            limit = self.model(folder)[0].text_config.max_position_embeddings
+            self._encoders[folder, tiles] = Encoder(self._processors[folder], tiles, limit)
         return self._encoders[folder, tiles]
+
+    def model(self, folder: Path) -> tuple[InternVLConfig, dict[str, int]]:
+        """(configuration, parameters by part) of a folder; read once."""
+        if folder not in self._models:
+            self._models[folder] = read_config(folder)[0], count_parameters(folder)[0]
+        return self._models[folder]
 
     def _checkpoint(self, start: Start) -> list[Finding]:
         """The checks of one checkpoint; remembers it where it can be loaded."""
@@ -91,6 +99,7 @@ class Checkpoints:
         stages = self._descended(start)
         found += check_model(
             base,
+            self.model(base)[0],
             vllm=self.facts.recipe.backend == "vllm"
             or any(self.facts.option(s, "sampler") == "vllm" for s in stages if s.kind == "rl"),
             vllm_on_cpu=vllm_on_cpu(),
@@ -129,7 +138,8 @@ class Checkpoints:
         from internvl.chat import load_processor
 
         try:
-            return check_processor(folder, load_processor(str(folder)))
+            self._processors[folder] = load_processor(str(folder))
+            return check_processor(folder, self._processors[folder], self.model(folder)[0])
         except UserError as fault:
             cure = "fetch the checkpoint's tokenizer and processor files again"
             return [error("checkpoint.processor", str(fault), str(folder), cure=cure)]
@@ -162,8 +172,7 @@ class Checkpoints:
         if folder in self._unsound:
             return None
         try:
-            count_parameters(folder)
-            read_config(folder)
+            self.model(folder)
         except UserError:
             return None
         return folder
