@@ -27,11 +27,12 @@ def check_gate(run: Path, stage: str, gate: Gate) -> None:
     now = _metric(run, stage, gate.metric)
     if before[0] - now[0] <= gate.max_drop:
         return
+    paired = _paired(run, stage, gate)
     raise GateError(
         f"gate of stage {stage}: {gate.metric} fell from {_told(before)} ({gate.against}) to "
-        f"{_told(now)}, by {before[0] - now[0]:.4f}; max_drop is {gate.max_drop:g}. Nothing is "
-        f"lost: mend the recipe and start again, or go on anyway with --no-gate (or gate: false "
-        f"in stages.{stage})"
+        f"{_told(now)}, by {before[0] - now[0]:.4f}{paired}; max_drop is {gate.max_drop:g}. "
+        f"Nothing is lost: mend the recipe and start again, or go on anyway with --no-gate (or "
+        f"gate: false in stages.{stage})"
     )
 
 
@@ -53,6 +54,22 @@ def _metric(run: Path, stage: str, name: str) -> tuple[float, tuple[float, float
     if se is None:
         return float(value), None
     return float(value), (value - Z95 * se, value + Z95 * se)
+
+
+def _paired(run: Path, stage: str, gate: Gate) -> str:
+    """The interval of the fall, question by question, where the predictions are there."""
+    folders = [run / "eval" / name for name in (gate.against, stage)]
+    if gate.metric not in ("greedy", "sampled") or not all(
+        (folder / "predictions.jsonl").is_file() for folder in folders
+    ):
+        return ""
+    from cascade.compare import check_comparable, read_evaluation
+    from cascade.comparison import compare_results
+
+    a, b = map(read_evaluation, folders)
+    check_comparable(a, b)
+    low, high = compare_results(a.results, b.results, 0)[gate.metric]["ci"]
+    return f" (95%, question by question: {-high:.4f} to {-low:.4f})"
 
 
 def _told(metric: tuple[float, tuple[float, float] | None]) -> str:
