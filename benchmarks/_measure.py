@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+
+Steps = Sequence[Sequence[int]]
+
+
+class TwoSides(Protocol):
+    """Ours and TRL's, on one device; a variant is one of them with its settings."""
+
+    device: str
+
+    def prepare(self, variant: str) -> None:
+        """Whatever a variant holds before its first step."""
+
+    def collate(self, variant: str, indices: Sequence[int]) -> Any:
+        """A step's batch."""
+
+    def step(self, variant: str, inputs: Any) -> None:
+        """One optimizer step."""
+
+    def flops(self, variant: str, indices: Sequence[int]) -> float:
+        """Operations of one step."""
 
 
 def seconds(action: Callable[[], Any], device: str) -> tuple[Any, float]:
@@ -97,3 +122,85 @@ def facts(device: str) -> dict[str, str]:
         "machine": f"{machine}, {platform.machine()}",
         "clock": clock,
     }
+
+
+def take_turns(sides: TwoSides, variants: Sequence[str], steps: Steps) -> dict[str, Any]:
+    """Seconds of every variant at every step, in turns, and of collation; a warm-up is not kept."""
+    spent: dict[str, list[float]] = {name: [] for name in variants}
+    collation: dict[str, list[float]] = {"ours": [], "trl": []}
+    for number, indices in enumerate([steps[0], *steps]):
+        for name in variants if number % 2 else reversed(variants):
+            sides.prepare(name)
+            batch, made = seconds(partial(sides.collate, name, indices), "cpu")
+            _, took = seconds(partial(sides.step, name, batch), sides.device)
+            if number:
+                spent[name].append(took)
+                if name in collation:
+                    collation[name].append(made)
+            print(f"step {number}/{len(steps)} {name:14}{took:8.2f} s", file=sys.stderr)
+    return {"steps": spent, "collation": collation}
+
+
+def memory_of(sides: TwoSides, variant: str, steps: Steps) -> float:
+    """MB over what this process held before its first step."""
+    sides.prepare(variant)
+    batches = [sides.collate(variant, steps[0])]
+    memory = Memory(sides.device)
+    for indices in steps:
+        batches[:] = [sides.collate(variant, indices)]
+        sides.step(variant, batches[0])
+    return memory.growth()
+
+
+def compared(
+    sides: TwoSides, taken: Mapping[str, Any], memory: Mapping[str, float], steps: Steps
+) -> dict[str, Any]:
+    """What every benchmark of two sides tells: ratios, the FLOP model's beside them, medians."""
+    spent = taken["steps"]
+    sums = {name: sum(each) for name, each in spent.items()}
+    flops = {name: sum(sides.flops(name, indices) for indices in steps) for name in spent}
+    return {
+        "speedup": round(sums["trl"] / sums["ours"], 3),
+        "flop_model": round(flops["trl"] / flops["ours"], 3),
+        "speedup_gc": round(sums["trl_gc"] / sums["ours_gc"], 3),
+        "flop_model_gc": round(flops["trl_gc"] / flops["ours_gc"], 3),
+        "memory_ratio": round(memory["ours"] / memory["trl"], 3),
+        "memory_ratio_gc": round(memory["ours_gc"] / memory["trl_gc"], 3),
+        "seconds_a_step": {n: round(statistics.median(s), 3) for n, s in spent.items()},
+        "ratio_to_ours": {n: round(s / sums["ours"], 3) for n, s in sums.items()},
+        "flop_ratio_to_ours": {n: round(f / flops["ours"], 3) for n, f in flops.items()},
+        "gflop_a_step": {n: round(f / len(steps) / 1e9, 1) for n, f in flops.items()},
+        "gflop_a_second": {n: round(flops[n] / sums[n] / 1e9, 1) for n in sums},
+        "memory_mb": {n: round(grown) for n, grown in memory.items()},
+        "collation_seconds": {
+            n: round(statistics.median(s), 4) for n, s in taken["collation"].items()
+        },
+    }
+
+
+def run_benchmark(
+    args: argparse.Namespace,
+    run: Callable[[argparse.Namespace, Path], dict[str, Any] | None],
+    write: Callable[[dict[str, Any]], None],
+) -> None:
+    """Measure in a folder of its own and tell it as `--json` and `--write-docs` ask.
+
+    run: returns the result, or None where it has printed what was asked for.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if args.device == "cpu":
+        torch.set_num_threads(1)  # waiting threads would be counted
+    with tempfile.TemporaryDirectory() as made:
+        result = run(args, args.folder or Path(made))
+    if result is None:
+        return
+    for name, value in result.items():
+        print(f"{name:22}{value}")
+    if args.write_docs:
+        write(result)
+    if args.json:
+        print(json.dumps(result))

@@ -77,6 +77,50 @@ def mpo_text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+SFT_LABELS = {
+    "ours": "ours, packed",
+    "ours_gc": "ours, gradient checkpointing",
+    "trl": "TRL, padded (its only mode for images)",
+    "trl_cpu_head": "TRL, head on all positions (what it does on a CPU)",
+    "trl_gc": "TRL, gradient checkpointing",
+}
+
+
+def sft_text(result: Mapping[str, Any]) -> str:
+    """The SFT part of the page."""
+    rows = [
+        [
+            SFT_LABELS[name],
+            result["seconds_a_step"][name],
+            result["tokens_a_second"][name],
+            f"{ratio:.2f}",
+            f"{result['flop_ratio_to_ours'][name]:.2f}",
+            result["gflop_a_second"][name],
+            result["memory_mb"][name],
+        ]
+        for name, ratio in result["ratio_to_ours"].items()
+    ]
+    header = ["variant", "s a step", "tokens a s", "time / ours", "FLOP model", "GFLOP/s"]
+    lines = [
+        f"Speed-up **{result['speedup']:.2f}** (FLOP model {result['flop_model']:.2f}); with "
+        f"gradient checkpointing on both sides {result['speedup_gc']:.2f} "
+        f"({result['flop_model_gc']:.2f}). Memory grows by **{result['memory_ratio']:.2f}** of "
+        f"TRL's ({result['memory_ratio_gc']:.2f} with checkpointing). Of TRL's "
+        f"{result['tokens_with_padding']:,} tokens {result['tokens']:,} are no padding. Before the "
+        f"first step the two losses differ by {result['loss_gap']:.0e}.",
+        "",
+        table([*header, "grown by, MB"], rows),
+        "",
+        _facts(result["facts"]),
+    ]
+    return "\n".join(lines)
+
+
+def write_sft(result: Mapping[str, Any]) -> None:
+    """Write the SFT table."""
+    _write("sft", sft_text(result))
+
+
 def gspo_text(result: Mapping[str, Any]) -> str:
     """The GSPO part of the page."""
     rows = []

@@ -104,6 +104,64 @@ class TRLPairs:
         return padded_work(rows, length, len(batch["pixel_values"]), scored)
 
 
+class TRLConversations:
+    """TRL's SFTTrainer on prompt and completion, the completion's tokens scored, as ours are.
+
+    It pads: packing and padding-free are refused for images.
+    """
+
+    def __init__(
+        self, folder: Path, rows: Sequence[Row], output: Path, device: str, dtype: torch.dtype
+    ):
+        from trl import SFTConfig, SFTTrainer
+
+        self.rows, self.processor = rows, load_processor(str(folder))
+        self.model = load_plain(folder, device, dtype)
+        args = SFTConfig(
+            output_dir=str(output),
+            completion_only_loss=True,
+            max_length=None,  # its 1,024 would cut images
+            gradient_checkpointing=False,
+            bf16=device == "cuda",
+            use_cpu=device == "cpu",
+            report_to="none",
+            optim="adamw_torch_fused",
+            learning_rate=1e-5,
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        self.trainer: Any = SFTTrainer(
+            self.model,
+            args,
+            train_dataset=Dataset.from_list([{"images": [], "prompt": "", "completion": ""}]),
+            processing_class=self.processor,
+        )
+        self.trainer.current_gradient_accumulation_steps = 1
+
+    def collate(self, indices: Sequence[int]) -> Any:
+        """TRL's collator on the conversations at `indices`, as text and decoded images."""
+        end = self.processor.tokenizer.convert_ids_to_tokens(eos_token_id(self.processor))
+        examples = []
+        for row in (self.rows[index] for index in indices):
+            asked, said = (turn["value"] for turn in row.data["conversations"])
+            prompt = render_prompt(self.processor, asked)
+            examples.append(
+                {"images": row.load_images(), "prompt": prompt, "completion": said + end}
+            )
+        return self.trainer.data_collator(examples)
+
+    def loss(self, batch: Any) -> float:
+        """Its own loss of a batch: the mean over the scored tokens."""
+        with torch.no_grad():
+            return float(self.trainer.compute_loss(self.model, self.trainer._prepare_inputs(batch)))
+
+    def work(self, batch: Any, *, compact: bool = True) -> Work:
+        """What a forward on a collated batch computes."""
+        rows, length = batch["input_ids"].shape
+        scored = int((batch["labels"] != -100).sum()) if compact else rows * (length - 1)
+        return padded_work(rows, length, len(batch["pixel_values"]), scored)
+
+
 class TRLGroups:
     """TRL's GRPOTrainer with GSPO's loss, updated on rollouts that are given to it.
 

@@ -1,4 +1,4 @@
-"""The fixed data and models of benchmarks/mpo.py and benchmarks/gspo.py; seeds are named here.
+"""The fixed data and models of benchmarks/sft.py, mpo.py and gspo.py; seeds are named here.
 
     pairs    32 of one image each with 1, 3, 4, 5 or 6 tiles (two are impossible with a thumbnail),
              answers of 50 to 200 tokens: P 8,180, C 3,915, R 3,877 tokens, 106 tiles in all
@@ -162,6 +162,17 @@ def make_rows(questions: Sequence[Question], folder: Path, side: int) -> list[Ro
         }
         rows.append(Row(data, folder / "rows.jsonl", number + 1, folder))
     return rows
+
+
+def as_conversations(rows: Sequence[Row]) -> list[Row]:
+    """Rows of kind "conversation": each question with its chosen answer."""
+    out = []
+    for row in rows:
+        said = (("human", row.data["question"]), ("gpt", row.data["chosen"]))
+        turns = [{"from": who, "value": text} for who, text in said]
+        data = {"id": row.data["id"], "image": row.data["image"], "conversations": turns}
+        out.append(replace(row, data=data))
+    return out
 
 
 # ---------------------------------------------------------------- models

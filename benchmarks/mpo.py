@@ -22,13 +22,9 @@ is given reference values (TRL has no such mode for images), so what is left is 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +33,6 @@ sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Pa
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-import transformers  # noqa: E402
 
 from benchmarks import data  # noqa: E402
 from benchmarks._flops import (  # noqa: E402
@@ -47,7 +42,15 @@ from benchmarks._flops import (  # noqa: E402
     packed_work,
     step_flops,
 )
-from benchmarks._measure import Memory, facts, grown_alone, optimizer_step, seconds  # noqa: E402
+from benchmarks._measure import (  # noqa: E402
+    compared,
+    facts,
+    grown_alone,
+    memory_of,
+    optimizer_step,
+    run_benchmark,
+    take_turns,
+)
 from benchmarks._trl import TRLPairs, compact_head  # noqa: E402
 from internvl.checkpoint import load_model  # noqa: E402
 from internvl.data import Row  # noqa: E402
@@ -167,50 +170,15 @@ class Sides:
         return total + (0.0 if variant == "trl_injected" else forward_flops(self.shape, work))
 
 
-def measure(
-    sides: Sides, variants: Sequence[str], steps: Sequence[Sequence[int]]
-) -> dict[str, Any]:
-    """Seconds of every variant at every step, in turns, and of collation; a warm-up is not kept."""
-    spent: dict[str, list[float]] = {name: [] for name in variants}
-    collation: dict[str, list[float]] = {"ours": [], "trl": []}
-    for number, indices in enumerate([steps[0], *steps]):
-        for name in variants if number % 2 else reversed(variants):
-            sides.prepare(name)
-            batch, made = seconds(partial(sides.collate, name, indices), "cpu")
-            _, took = seconds(partial(sides.step, name, batch), sides.device)
-            if number:
-                spent[name].append(took)
-                if name in collation:
-                    collation[name].append(made)
-            print(f"step {number}/{len(steps)} {name:14}{took:8.2f} s", file=sys.stderr)
-    return {"steps": spent, "collation": collation}
-
-
 def report(
     sides: Sides, taken: dict[str, Any], memory: dict[str, float], steps: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
     """The numbers of the module's docstring, and what they are made of."""
-    spent = taken["steps"]
-    sums = {name: sum(each) for name, each in spent.items()}
-    flops = {name: sum(sides.flops(name, indices) for indices in steps) for name in spent}
+    sums = {name: sum(each) for name, each in taken["steps"].items()}
     pairs = sum(len(indices) for indices in steps)
     work = [sides.side("ours").work(indices) for indices in steps]
     out: dict[str, Any] = {
-        "speedup": round(sums["trl"] / sums["ours"], 3),
-        "flop_model": round(flops["trl"] / flops["ours"], 3),
-        "speedup_gc": round(sums["trl_gc"] / sums["ours_gc"], 3),
-        "flop_model_gc": round(flops["trl_gc"] / flops["ours_gc"], 3),
-        "memory_ratio": round(memory["ours"] / memory["trl"], 3),
-        "memory_ratio_gc": round(memory["ours_gc"] / memory["trl_gc"], 3),
-        "seconds_a_step": {n: round(statistics.median(s), 3) for n, s in spent.items()},
-        "ratio_to_ours": {n: round(s / sums["ours"], 3) for n, s in sums.items()},
-        "flop_ratio_to_ours": {n: round(f / flops["ours"], 3) for n, f in flops.items()},
-        "gflop_a_step": {n: round(f / len(steps) / 1e9, 1) for n, f in flops.items()},
-        "gflop_a_second": {n: round(flops[n] / sums[n] / 1e9, 1) for n in sums},
-        "memory_mb": {n: round(grown) for n, grown in memory.items()},
-        "collation_seconds": {
-            n: round(statistics.median(s), 4) for n, s in taken["collation"].items()
-        },
+        **compared(sides, taken, memory, steps),
         "pairs_a_second": {n: round(pairs / s, 3) for n, s in sums.items()},
         "tokens_a_second": round(sum(w.tokens for w in work) / sums["ours"], 1),
         "facts": facts(sides.device),
@@ -219,17 +187,6 @@ def report(
         used = {n: sum(model_flops(sides.shape, w) for w in work) / s for n, s in sums.items()}
         out["tflops_of_the_model"] = {n: round(rate / 1e12, 1) for n, rate in used.items()}
     return out
-
-
-def memory_of(sides: Sides, variant: str, steps: Sequence[Sequence[int]]) -> float:
-    """MB over what this process held before its first step."""
-    sides.prepare(variant)
-    batches = [sides.collate(variant, steps[0])]
-    memory = Memory(sides.device)
-    for indices in steps:
-        batches[:] = [sides.collate(variant, indices)]
-        sides.step(variant, batches[0])
-    return memory.growth()
 
 
 def parse() -> argparse.Namespace:
@@ -276,7 +233,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
         print(memory_of(sides, args.memory_of, steps))
         return None
     variants = args.variants or (VARIANTS if args.device == "cpu" else ON_GPU)
-    taken = measure(sides, variants, steps)
+    taken = take_turns(sides, variants, steps)
     if args.variants:
         return {
             "seconds_a_step": {n: round(statistics.median(s), 3) for n, s in taken["steps"].items()}
@@ -292,24 +249,9 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    args = parse()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if args.device == "cpu":
-        torch.set_num_threads(1)  # waiting threads would be counted
-    with tempfile.TemporaryDirectory() as made:
-        result = run(args, args.folder or Path(made))
-    if result is None:
-        return
-    for name, value in result.items():
-        print(f"{name:22}{value}")
-    if args.write_docs:
-        from benchmarks._report import write_mpo
+    from benchmarks._report import write_mpo
 
-        write_mpo(result)
-    if args.json:
-        print(json.dumps(result))
+    run_benchmark(parse(), run, write_mpo)
 
 
 if __name__ == "__main__":

@@ -90,13 +90,14 @@ def test_a_part_of_the_page_is_replaced() -> None:
 
 
 KEYS = {
+    "sft": {"speedup", "flop_model", "speedup_gc", "memory_ratio", "tokens_a_second", "loss_gap"},
     "mpo": {"speedup", "flop_model", "speedup_gc", "flop_model_gc", "memory_ratio", "facts"},
     "gspo": {"speedup_g8_short", "flop_model_g8_short", "memory_ratio", "facts"},
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mpo", "gspo"])
+@pytest.mark.parametrize("name", ["sft", "mpo", "gspo"])
 def test_benchmark_runs(name: str) -> None:
     command = [sys.executable, f"benchmarks/{name}.py", "--quick", "--json"]
     done = subprocess.run(
