@@ -130,6 +130,6 @@ def _not_by_itself(folder: Path, settings: dict[str, Any]) -> str | None:
         return "the adapter holds whole modules (modules_to_save)"
     if settings.get("use_dora"):
         return "the adapter is a DoRA"
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
+    with safe_open(folder / WEIGHTS, framework="numpy") as file:
         other = [name for name in file.keys() if ".language_model." not in name]  # noqa: SIM118
     return f"the adapter is not of the language model alone ({other[0]})" if other else None

@@ -124,3 +124,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+def refused(capsys: pytest.CaptureFixture[str], run: Any) -> str:
+    """What a command says that ends with code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == 2
+    return capsys.readouterr().err

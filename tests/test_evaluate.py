@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_runs import Dying, FakeSampler, evaluate, files_of, metrics, predictions, questions
-from judge_server import judges, serve
+from evaluation_runs import (
+    Dying,
+    FakeSampler,
+    evaluate,
+    files_of,
+    metrics,
+    predictions,
+    questions,
+    refused,
+)
 
-from cascade.cli import main
 from internvl.data import write_jsonl
 from internvl.sampler import Completion
-
-
-def refused(capsys: pytest.CaptureFixture[str], run: Any) -> str:
-    """What a command says that ends with code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run()
-    assert stop.value.code == 2
-    return capsys.readouterr().err
-
 
 # ---- what is written ----
 
@@ -285,233 +280,3 @@ def test_another_evaluation_s_folder_is_refused(
     (out / "settings.json").unlink()
     said = refused(capsys, lambda: evaluate(monkeypatch, file, out))
     assert "exists without settings.json: it is not known what made it" in said
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["--samples=0"], "--samples is 0; give 1 or more"),
-        (["--first=0"], "--first is 0; give 1 or more"),
-        (["--temperature=0"], "--temperature is 0; the greedy answers are reported in any case"),
-        (["--top-p=1.5"], "top_p is 1.5, give a number in (0, 1]"),
-        (["--cot-style=r1"], "--cot-style has no meaning without --prompts cot"),
-        (["--prompts", "cot", "cot"], "--prompts cot cot: name each set once"),
-        (["--concurrency=4"], "--concurrency has no meaning without --server"),
-        (["--server=http://h/v1", "--dtype=float32"], "--dtype has no meaning with --server"),
-        (["--count=x"], "--count 'x': expected NAME=TEXT"),
-        (["--dataset=b"], "--dataset b: not there; there are: heldout"),
-        (["--judge-model=m"], "judge_model is given, but judge_base_url is not"),
-        (["--model=nowhere"], "nowhere: no config.json there"),
-    ],
-)
-def test_options_that_cannot_be_honoured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, words: list[str], told: str
-) -> None:
-    said = refused(
-        capsys, lambda: evaluate(monkeypatch, questions(tmp_path), tmp_path / "o", *words)
-    )
-    assert told in said and said.count("\n") == 1
-
-
-def test_an_id_twice_in_a_data_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    one = questions(tmp_path, 2, name="a", dataset="d")
-    two = questions(tmp_path, 2, name="b", dataset="d")
-    said = refused(capsys, lambda: evaluate(monkeypatch, [one, two], tmp_path / "o"))
-    assert f"{two}:1: id 'q0' of data set 'd' is that of {one}:1, too" in said
-
-
-def test_an_adapter_that_vllm_cannot_put_on_its_base(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    """Told before anything is loaded, with what to do."""
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    file, adapter, base = questions(tmp_path), tmp_path / "adapter", tmp_path / "base"
-    for folder in (adapter, base):
-        folder.mkdir()
-    (base / "config.json").write_text("{}")
-    opened: list[dict[str, Any]] = []
-
-    def told(settings: dict[str, Any], tensor: str, backend: str, *words: str) -> str:
-        whole = {"peft_type": "LORA", "base_model_name_or_path": str(base), **settings}
-        (adapter / "adapter_config.json").write_text(json.dumps(whole))
-        save_file({tensor: np.zeros(1, np.float32)}, adapter / "adapter_model.safetensors")
-        monkeypatch.setattr("internvl.sampler.choose_backend", lambda *_: backend)
-        words = (f"--model={adapter}", *words)
-        said = refused(capsys, lambda: evaluate(monkeypatch, file, tmp_path / "o", *words))
-        assert said.rstrip().endswith(f"internvl merge {adapter} OUTPUT")
-        return said
-
-    llm = "base_model.model.model.language_model.layers.0.q_proj.lora_A.weight"
-    said = told({"r": 4}, llm, "transformers")
-    assert "a LoRA adapter, which transformers does not sample from: make one checkpoint" in said
-    said = told({"r": 4, "modules_to_save": ["lm_head"]}, llm, "vllm")
-    assert "the adapter holds whole modules (modules_to_save)" in said
-    assert "the adapter is a DoRA" in told({"use_dora": True}, llm, "vllm")
-    tower = "base_model.model.model.vision_tower.layer.0.q_proj.lora_A.weight"
-    said = told({"r": 4}, tower, "vllm")
-    assert f"the adapter is not of the language model alone ({tower})" in said
-    said = told({"r": 4}, llm, "vllm", "--server=http://h/v1")
-    assert "servers are asked for a whole model" in said
-
-    class Engine(FakeSampler):
-        def update_adapter(self, folder: Path) -> None:
-            opened.append({"adapter": folder})
-
-    engine = Engine()
-    told_to = {"r": 4, "rank_pattern": {"q_proj": 12}}
-    (adapter / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(base), **told_to})
-    )
-    save_file({llm: np.zeros(1, np.float32)}, adapter / "adapter_model.safetensors")
-
-    def opener(folder: Path, **options: Any) -> FakeSampler:
-        opened.append({"base": folder, "rank": options["max_lora_rank"]})
-        return engine
-
-    words = ["--workers=1", f"--model={adapter}", f"--output={tmp_path / 'good'}"]
-    monkeypatch.setattr("internvl.sampler.open_sampler", opener)
-    main(["evaluate", str(file), *words])
-    assert opened == [{"base": base, "rank": 12}, {"adapter": adapter}]
-    before = json.loads((tmp_path / "good" / "settings.json").read_text())["fingerprint"]
-    (base / "config.json").write_text('{"another": "base"}')
-    assert "fingerprint was " in refused(capsys, lambda: main(["evaluate", str(file), *words]))
-    assert len(before) == 32
-
-
-# ---- two evaluations compared ----
-
-
-@pytest.fixture
-def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """Evaluations of 30 questions with two seeds, so that some answers differ."""
-    file = questions(tmp_path, 30)
-    for name, seed in (("a", 1), ("b", 2)):
-        evaluate(monkeypatch, file, tmp_path / name, f"--seed={seed}", "--samples=2")
-    return tmp_path / "a", tmp_path / "b"
-
-
-def test_compare(two: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
-    a, b = two
-    capsys.readouterr()
-    main(["compare", str(a), str(b), "--output", str(tmp_path / "c"), "--seed=3"])
-    found = json.loads((tmp_path / "c" / "compare.json").read_text())
-    of_a, of_b = predictions(a), predictions(b)
-    right = [[r["greedy"]["outcome"] == "correct" for r in records] for records in (of_a, of_b)]
-    lost = [r["id"] for r, x, y in zip(of_a, *right, strict=True) if x and not y]
-    gained = [r["id"] for r, x, y in zip(of_a, *right, strict=True) if y and not x]
-    assert lost and gained
-    greedy = found["greedy"]
-    assert (greedy["only_a"], greedy["only_b"]) == (len(lost), len(gained))
-    n, least = len(lost) + len(gained), min(len(lost), len(gained))
-    p = min(1.0, 2 * sum(math.comb(n, i) for i in range(least + 1)) / 2**n)
-    assert greedy["p"] == pytest.approx(p)
-    assert found["sampled"]["a"] == pytest.approx(metrics(a)["sampled"])
-    assert found["datasets"]["heldout"]["greedy"] == greedy
-    lines = (tmp_path / "c" / "flips.jsonl").read_text().splitlines()
-    flips = [json.loads(line) for line in lines]
-    assert [one["id"] for one in flips if one["flip"] == "gained"] == gained
-    assert [one["id"] for one in flips if one["flip"] == "lost"] == lost
-    assert flips[0]["a"]["completion"] != flips[0]["b"]["completion"]
-    said = capsys.readouterr().out
-    assert f"{len(gained)} question(s) right in B alone: {gained[0]}" in said
-    before = files_of(tmp_path / "c")
-    main(["compare", str(a), str(b), "--output", str(tmp_path / "c"), "--seed=3"])
-    assert files_of(tmp_path / "c") == before
-
-
-def test_compare_refuses_what_is_not_comparable(
-    two: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    a, b = two
-
-    def compared(one: Path, other: Path, *words: str) -> str:
-        output = str(tmp_path / "c")
-        return refused(
-            capsys, lambda: main(["compare", str(one), str(other), "--output", output, *words])
-        )
-
-    said = compared(a, tmp_path)
-    assert f"{tmp_path}: no settings.json there; give the folder of a `cascade evaluate`" in said
-    fewer, changed = tmp_path / "fewer", tmp_path / "changed"
-    for folder in (fewer, changed):
-        shutil.copytree(b, folder)
-    lines = (b / "predictions.jsonl").read_text().splitlines(keepends=True)
-    (fewer / "predictions.jsonl").write_text("".join(lines[:7] + lines[8:]))
-    assert f"question 'q7' of data set 'heldout' is in {a} and not in {fewer}" in compared(a, fewer)
-    assert f"is in {a} and not in {fewer}" in compared(fewer, a)
-    lines[4] = lines[4].replace('"answer": "24"', '"answer": "25"')
-    (changed / "predictions.jsonl").write_text("".join(lines))
-    said = compared(a, changed)
-    assert "question 'q4' of data set 'heldout' is not the same: its answer is \"24\" in" in said
-    file = tmp_path / "heldout.jsonl"
-    hot = tmp_path / "hot"
-    evaluate(monkeypatch, file, hot, "--temperature=0.5", "--prompts", "as_is", "direct")
-    said = compared(a, hot)
-    assert "were made with other settings: temperature 1.0 and 0.5." in said
-    assert "--allow temperature" in said
-    assert "prompt 'as_is' and 'direct'" in compared(hot, hot / "direct")
-    assert "--allow colour: there is no such setting" in compared(a, b, "--allow", "colour")
-    main(
-        [
-            "compare",
-            str(hot / "direct"),
-            str(hot),
-            "--output",
-            str(tmp_path / "d"),
-            "--allow",
-            "prompt",
-        ]
-    )
-    found = json.loads((tmp_path / "d" / "compare.json").read_text())
-    gap = metrics(hot)["gap"]["direct"]  # the same comparison, as_is against direct
-    assert {key: found[key] for key in gap} == gap
-
-
-# ---- a judge and a table, as `mmpr verify` has them ----
-
-QUESTIONS = [
-    {"id": "a", "question": "Colour?", "answer": "red", "matcher": "judge"},
-    {"id": "b", "question": "How many?", "answer": "9", "dataset": "mine", "prompt_style": "boxed"},
-    {"id": "c", "question": "How much?", "answer": "9", "matcher": "psychic"},
-]
-SAID = {"Colour?": "crimson", "How many?": r"about \boxed{9.2}", "How much?": "9"}
-
-
-class ByRote(FakeSampler):
-    """Says SAID; the last completion of several was cut."""
-
-    def answer(self, request: Any, config: Any, n: int) -> Completion:
-        cut = config.n > 1 and n == config.n - 1
-        return Completion(SAID[request.question], (1, 2), (), "length" if cut else "stop")
-
-
-def test_evaluation_takes_a_judge_and_a_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Questions of one batch are judged together, in their order."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
-    rows, table, out = tmp_path / "q.jsonl", tmp_path / "mine.yaml", tmp_path / "out"
-    rows.write_text("".join(json.dumps(record) + "\n" for record in QUESTIONS))
-    table.write_text("- {match: mine, matcher: relaxed, why: read off an axis}")
-    words = ["--max-bad=1", f"--datasets={table}"]
-    with serve() as server:
-        server.answers = [judges(lambda data: data["prediction"] in ("crimson", "4"))]
-        judge = [f"--judge-base-url={server.url}", "--judge-model=m"]
-        evaluate(monkeypatch, rows, out, *words, *judge, sampler=ByRote())
-    found = predictions(out)
-    assert [record["id"] for record in found] == ["a", "b"]
-    for record in found:
-        said = [record["greedy"], *record["sampled"]]
-        assert [one["outcome"] for one in said] == ["correct"] * 3
-        assert [one["completion"] for one in said] == [SAID[record["question"]]] * 3
-    assert [one["format_ok"] for one in found[1]["sampled"]] == [True, False]
-    assert "matcher 'psychic' is unknown" in (out / "quarantine.jsonl").read_text()
-
-    with pytest.raises(SystemExit):  # and without the judge
-        evaluate(monkeypatch, rows, out, *words, sampler=ByRote())
-    assert "'judge' needs a judge" in (out / "quarantine.jsonl").read_text()
