@@ -177,7 +177,7 @@ def repeated_ngrams(text: str, most: float) -> Hit | None:
     units = find_units(text)
     if len(units) < _LEAST_UNITS:
         return None
-    words = [text[unit.start : unit.end].lower() for unit in units]
+    words = tuple(text[start:end].lower() for start, end in units)
     covered = _covered(words, NGRAM_UNITS)
     share = sum(covered) / len(units)
     if share <= most:
@@ -195,14 +195,15 @@ def repeated_characters(text: str, most: float) -> Hit | None:
     >>> repeated_characters("=?x1!" * 60, 0.5).told
     '98% of 300 characters stood before, in runs of 24'
     """
-    units = [Span(place, place + 1) for place, sign in enumerate(text) if not sign.isspace()]
-    if len(units) < _LEAST_CHARACTERS:
+    bare = "".join(text.split())
+    if len(bare) < _LEAST_CHARACTERS:
         return None
-    covered = _covered([text[unit.start] for unit in units], NGRAM_CHARACTERS)
-    share = sum(covered) / len(units)
+    covered = _covered(bare, NGRAM_CHARACTERS)
+    share = sum(covered) / len(bare)
     if share <= most:
         return None
-    told = f"{share:.0%} of {len(units)} characters stood before, in runs of {NGRAM_CHARACTERS}"
+    told = f"{share:.0%} of {len(bare)} characters stood before, in runs of {NGRAM_CHARACTERS}"
+    units = [Span(place, place + 1) for place, sign in enumerate(text) if not sign.isspace()]
     return Hit(round(share, 4), told, list(_covered_spans(units, covered))[:_MOST_SPANS])
 
 
@@ -210,13 +211,13 @@ def _length(spans: Sequence[Span]) -> int:
     return sum(span.end - span.start for span in spans)
 
 
-def _covered(units: Sequence[str], n: int) -> list[bool]:
+def _covered(units: tuple[str, ...] | str, n: int) -> list[bool]:
     """For each unit whether it is part of an n-gram that stood before."""
-    seen: set[tuple[str, ...]] = set()
+    seen: set[tuple[str, ...] | str] = set()
     covered = [False] * len(units)
     marked = 0  # up to here it is settled
     for start in range(len(units) - n + 1):
-        gram = tuple(units[start : start + n])
+        gram = units[start : start + n]
         if gram in seen:
             for place in range(max(start, marked), start + n):
                 covered[place] = True
