@@ -22,7 +22,7 @@ __all__ = ["Gate", "Place", "Recipe", "StageSpec", "is_evaluated", "load_recipe"
 
 BACKENDS = ("auto", "vllm", "transformers")
 _NOT_A_NAME = ("eval", "stages", "configs", "logs", "run")
-_TOP = (
+TOP_KEYS = (
     *("output", "seed", "seeds", "parallel", "backend", "overlap", "environment", "launch"),
     *("common", "sample", "verify", "evaluate", "gate", "report"),
     *("arms", "compute_from", "start_seconds"),
@@ -67,7 +67,7 @@ def load_recipe(file: Path) -> Recipe:
     what is not understood. Whether the files that it names are there is not asked.
     """
     text, top = read_entries(file)
-    top.only(_TOP)
+    top.only(TOP_KEYS)
     stages = _stages(top)
     seeds, many = _seeds(top)
     arms = {name: str(value) for name, value in top.mapping("arms").items()}

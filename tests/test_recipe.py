@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 import yaml
 
 from cascade.plan import LAUNCH, ON_OFF, REPEATED, plan
-from cascade.recipe import Gate, Place, Recipe, load_recipe
-from cascade.recipe_stage import COMMAND_PATHS, OUTPUT_PATHS, TRAINING_PATHS
+from cascade.recipe import TOP_KEYS, Gate, Place, Recipe, load_recipe
+from cascade.recipe_stage import COMMAND_PATHS, KINDS, OUTPUT_PATHS, TRAINING_PATHS
 from cascade.stages import Stage
 from internvl.errors import UserError
 
@@ -397,7 +398,8 @@ def test_the_options_that_the_commands_have() -> None:
                 key = action.option_strings[-1].removeprefix("--") if action.option_strings else ""
                 if not key or key in said:
                     continue
-                assert (action.type is Path) == (key in COMMAND_PATHS), (name, key)
+                is_path = action.type is Path or key == "judge-cache"
+                assert is_path == (key in COMMAND_PATHS), (name, key)
                 repeated = isinstance(action, argparse._AppendAction)
                 assert repeated == (key in REPEATED), (name, key)
                 on_off = action.choices is not None and {"on", "off"} == set(action.choices)
@@ -409,3 +411,16 @@ def test_the_options_that_the_commands_have() -> None:
     no_paths = {"output_dir", "logging_dir", "use_cache", "soft_punish_cache"}
     assert {name for name in fields if name.endswith(ends)} - no_paths <= TRAINING_PATHS
     assert set(OUTPUT_PATHS) <= TRAINING_PATHS | COMMAND_PATHS
+
+
+def test_the_manual(tmp_path: Path) -> None:
+    """Its recipe is one, and it tells every key and kind."""
+    text = (Path(__file__).parent.parent / "docs" / "cascade.md").read_text(encoding="utf-8")
+    block = text[text.index("    output: runs/mine") : text.index("`cascade/recipes/demo.yaml`")]
+    file = tmp_path / "r.yaml"
+    file.write_text(textwrap.dedent(block))
+    recipe = load_recipe(file)
+    assert [*recipe.stages] == ["base", "sft", "pairs", "mpo", "select", "rl"]
+    assert recipe.stages["sft"].gate == Gate("sampled", 0.02, "base")
+    for key in (*TOP_KEYS, *KINDS, "optional", "against", "name"):
+        assert f"`{key}`" in text or f"`{key}:" in text or f" {key}" in text, key
