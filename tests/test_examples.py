@@ -21,6 +21,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from stage_runs import StageRun
 from test_faults import Command
 from test_faults import command as command
+from tiny_llms import make_family
 
 from mpo.config import MPOConfig
 from rl.config import RLConfig
@@ -30,7 +31,8 @@ from training.cli import ModelArguments, parse_config
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 STAGES = {"sft": SFTConfig, "mpo": MPOConfig, "rl": RLConfig}
-FILES = sorted(f for f in EXAMPLES.glob("*/*.yaml") if f.parent.name != "accelerate")
+# the others are read by accelerate, and by `cascade run` (test_recipe.py)
+FILES = sorted(f for f in EXAMPLES.glob("*/*.yaml") if f.parent.name not in ("accelerate", "demo"))
 ACCELERATE = sorted((EXAMPLES / "accelerate").glob("*.yaml"))
 
 
@@ -38,8 +40,13 @@ def name_of(file: Path) -> str:
     return f"{file.parent.name}/{file.stem}"
 
 
+def stage_of(file: Path) -> str:
+    """The command that reads a file: sft.yaml, or 1_mlp_warmup.sft.yaml."""
+    return file.stem.rpartition(".")[2]
+
+
 def test_there_are_examples() -> None:
-    assert {file.stem for file in FILES} == {"mpo", "rl"}
+    assert {stage_of(file) for file in FILES} == {"sft", "mpo", "rl"}
     assert {file.stem for file in ACCELERATE} == {"ddp", "fsdp2", "zero2", "zero3", "multi_node"}
     for folder in {file.parent for file in [*FILES, *ACCELERATE]}:
         assert (folder / "README.md").is_file()
@@ -48,20 +55,28 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_example_parses(file: Path) -> None:
-    config_type = STAGES[file.stem]
+    config_type = STAGES[stage_of(file)]
     # bf16 needs a GPU to be accepted by transformers; all else is checked as it stands
     argv = ["--config", str(file), "--bf16", "false"]
-    config, model = parse_config([config_type, ModelArguments], file.stem, argv)
+    config, model = parse_config([config_type, ModelArguments], stage_of(file), argv)
     assert config.output_dir.startswith("out/")
     # what is trained whole is held in float32: at these rates 16 bits would round updates away
     assert model.dtype == ("bfloat16" if model.use_peft else "float32")
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
+# one of each kind at every change, the others in the long run
+QUICK = ("sft_lora/sft", "mpo_lora/mpo", "rl_lora/rl")
+EACH = [
+    pytest.param(file, marks=() if name_of(file) in QUICK else pytest.mark.slow) for file in FILES
+]
+
+
+@pytest.mark.parametrize("file", EACH, ids=name_of)
 def test_example_makes_two_steps(
     file: Path, command: Command, tiny_model: Path, tiny_world: Path, tmp_path: Path
 ) -> None:
     """The file as it is, but for model, data, sizes, and what a CPU has not got."""
+    stage = stage_of(file)
     rows = [json.loads(line) for line in (tiny_world / "rl.jsonl").read_text().splitlines()]
     pairs = tmp_path / "pairs.jsonl"
     with pairs.open("w") as out:
@@ -71,7 +86,7 @@ def test_example_makes_two_steps(
             out.write(json.dumps(pair) + "\n")
     options: dict[str, Any] = {
         "model_name_or_path": tiny_model,
-        "train_file": pairs if file.stem == "mpo" else tiny_world / "rl.jsonl",
+        "train_file": pairs if stage == "mpo" else tiny_world / f"{stage}.jsonl",
         "image_root": tiny_world,
         "output_dir": tmp_path / "out",
         "max_steps": 2,
@@ -84,7 +99,11 @@ def test_example_makes_two_steps(
         "dataloader_num_workers": 0,
     }
     given = yaml.safe_load(file.read_text())
-    if file.stem == "rl":
+    if "vision_from" in given:
+        options["vision_from"] = make_family(tmp_path / "donor", "qwen2")
+    if given.get("packing"):
+        options |= {"max_tokens_per_microbatch": 512, "dataloader_num_workers": 0}
+    if stage == "rl":
         # refused beside the other sampler that a CPU has
         of_sampler = ("vllm_gpu_memory_utilization", "sampler", "server", "server_weights_dir")
         taken = [given.pop(name, None) for name in (*of_sampler, "max_staleness")]
@@ -94,9 +113,9 @@ def test_example_makes_two_steps(
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(given))
-    ended = command(file.stem, "--config", str(config), *words)
+    ended = command(stage, "--config", str(config), *words)
     assert ended.code == 0, ended.err
-    run = StageRun(file.stem, options)
+    run = StageRun(stage, options)
     assert [entry["step"] for entry in run.logged() if "loss" in entry] == [1, 2]
     adapter = bool(given.get("use_peft"))
     assert (tmp_path / "out/adapter_config.json").is_file() is adapter
