@@ -1,209 +1,293 @@
-"""The report's charts: matplotlib figures as inline SVG whose colours follow the page's theme.
-
-matplotlib draws with placeholder colours; in the SVG each becomes a CSS variable of the page, so
-that one drawing is right in light and dark. Text stays text and takes the page's font. The output
-depends on the data alone: no date, no random ids, no user's matplotlibrc.
-"""
+"""The charts of the report (cascade/report_svg.py says how they are drawn into the page)."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Sequence
-from itertools import count
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cascade.report_data import (
-    Curve,
-    Histogram,
-    ManifestRow,
+    TONES,
+    BeforeAfter,
+    Line,
+    Panel,
+    Rate,
+    Rollouts,
+    StageInfo,
     StageResult,
-    label,
+    Step,
 )
+from cascade.report_svg import BAD, BAND, CARD, GOOD, GRID, INK, MUTED, Canvas, tone
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# Placeholder colour -> CSS variable (defined, for light and dark, in templates/report.html.j2).
-INK, MUTED, GRID, CARD = "#01fe10", "#01fe11", "#01fe12", "#01fe13"
-SFT, MPO, GSPO, OTHER = "#01fe14", "#01fe15", "#01fe16", "#01fe17"
-GOOD, BAD, BAND = "#01fe18", "#01fe19", "#01fe1a"
-VARIABLES = {
-    INK: "ink", MUTED: "muted", GRID: "grid", CARD: "card",
-    SFT: "sft", MPO: "mpo", GSPO: "rl", OTHER: "other",
-    GOOD: "good", BAD: "bad", BAND: "band",
-}  # fmt: skip
-STAGE_COLOURS = {"sft-careful": SFT, "sft": SFT, "mpo": MPO, "control": MPO, "rl": GSPO}
-OUTCOME_COLOURS = {"correct": GOOD, "wrong": BAD}
-Z95 = 1.96  # half-width of a 95% interval in standard errors
+WIDE, NARROW = 990, 350  # CSS pixels
+_LONGEST_LABEL = {True: 26, False: 15}
+_LINE_COLOURS = {"correct": GOOD, "wrong": BAD, "chosen": GOOD, "rejected": BAD}
 
 
-class Charts:
-    """Draws the charts of one page; each gets ids of its own, so that they can share the page."""
+def short(text: str, length: int) -> str:
+    """A label that fits; the middle of a longer one is left out.
 
-    def __init__(self) -> None:
-        self._numbers = count(1)
+    >>> short("a-very-long-name", 9)
+    'a-ve..ame'
+    """
+    if len(text) <= length:
+        return text
+    head = (length - 1) // 2
+    return f"{text[:head]}..{text[len(text) - (length - 2 - head) :]}"
+
+
+class Charts(Canvas):
+    """Draws the charts of one run's page."""
 
     def accuracy(self, results: Sequence[StageResult], *, wide: bool) -> str:
-        """Return accuracy by stage, sampled and greedy, with 95% intervals; the control hollow."""
-        width = 990 if wide else 360
-        return self._draw(
-            width,
-            52 * len(results) + 60,
-            "Held-out accuracy by stage, sampled and greedy, with 95% intervals",
-            lambda axes: _accuracy(axes, results),
-            left=104 if wide else 84,
+        """Accuracy by stage, sampled and greedy, with intervals; those aside are hollow."""
+        name = "Held-out accuracy by stage, sampled and greedy, with 95% intervals"
+        left = _margin([result.label for result in results], wide)
+        return self.draw(
+            WIDE if wide else NARROW,
+            52 * len(results) + 40,
+            name,
+            lambda axes: _accuracy(axes, results, wide),
+            left=left,
+            top=30,
         )
 
-    def curve(self, curve: Curve) -> str:
-        """Return one training curve: the smoothed line over the faint raw one."""
-        name = f"{curve.title} of {label(curve.stage)} by step"
-        return self._draw(
-            240, 132, name, lambda axes: _curve(axes, curve), left=46, bottom=20, top=16
+    def steps(self, steps: Sequence[Step], *, wide: bool) -> str:
+        """The gain of each step with its interval, about 0."""
+        labels = [step_label(step, wide) for step in steps]
+        return self.draw(
+            WIDE if wide else NARROW,
+            (40 if wide else 48) * len(steps) + 40,
+            "Gain of each step in points of sampled accuracy, with 95% intervals",
+            lambda axes: _steps(axes, steps, labels),
+            left=max(_text_width(line) for label in labels for line in label.split("\n")) + 16,
+            top=30,
+            right=30,
         )
 
-    def histogram(self, histogram: Histogram) -> str:
-        """Return counts by bin; verdicts as rows, numbers of right answers as columns."""
-        name = f"{histogram.title}: {histogram.note}"
-        if histogram.band is None:
-            height = 34 * len(histogram.bins) + 14
-            return self._draw(460, height, name, lambda axes: _rows(axes, histogram), left=92)
-        return self._draw(
-            460, 190, name, lambda axes: _columns(axes, histogram), left=46, bottom=26
+    def datasets(self, results: Sequence[StageResult], names: Sequence[str], *, wide: bool) -> str:
+        """Sampled accuracy by data set, a dot a stage."""
+        height = (12 * len(results) + 14) * len(names) + 40
+        return self.draw(
+            WIDE if wide else NARROW,
+            height,
+            "Sampled accuracy by data set and stage, with 95% intervals",
+            lambda axes: _datasets(axes, results, names, wide),
+            left=_margin(names, wide),
+            top=30,
         )
 
-    def times(self, rows: Sequence[ManifestRow], *, wide: bool) -> str:
-        """Return the seconds of each stage as bars, in the order in which they ran."""
-        width = 990 if wide else 360
-        height = 28 * len(rows) + 12
-        left = 140 if wide else 126
-        return self._draw(width, height, "Time by stage", lambda axes: _times(axes, rows), left)
+    def sizes(self, results: Sequence[StageResult], *, wide: bool) -> str:
+        """pass@k and majority@k over k, a colour a stage."""
+        return self.draw(
+            WIDE if wide else NARROW,
+            280,
+            "Accuracy of pass@k and majority@k over the number of samples k",
+            lambda axes: _sizes(axes, results),
+            left=46,
+            bottom=40,
+            right=110 if wide else 84,
+            top=12,
+        )
 
-    def _draw(
-        self,
-        width: int,
-        height: int,
-        name: str,
-        draw: Callable[[Axes], None],
-        left: float,
-        bottom: float = 10,
-        top: float = 8,
-    ) -> str:
-        """Return the chart as an <svg>; sizes and margins in CSS pixels at natural size."""
-        import matplotlib
-        from matplotlib.figure import Figure
+    def panel(self, panel: Panel, info: StageInfo) -> str:
+        """One training chart: smoothed lines over the faint raw ones, guards dashed."""
+        name = f"{panel.title} of {info.label} by step"
+        return self.draw(
+            260, 138, name, lambda axes: _panel(axes, panel, info), left=46, bottom=20, top=14
+        )
 
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(_style())
-            figure = Figure(figsize=(width / 72, height / 72))
-            axes = figure.add_axes(
-                (
-                    left / width,
-                    bottom / height,
-                    1 - (left + 14) / width,
-                    1 - (bottom + top) / height,
-                )
-            )
-            draw(axes)
-            return _as_svg(figure, f"chart{next(self._numbers)}", name)
+    def right_answers(self, rollouts: Rollouts, colour: int) -> str:
+        """Questions by how many of their answers were right, the band that teaches most shaded."""
+        name = f"Questions by right answers, rollouts of {rollouts.info.label}"
+        return self.draw(
+            440,
+            196,
+            name,
+            lambda axes: _columns(axes, rollouts, colour),
+            left=46,
+            bottom=38,
+            top=22,
+        )
 
-
-def _style() -> dict[str, object]:
-    return {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "cascade",
-        "font.size": 11,
-        "text.color": INK,
-        "axes.edgecolor": GRID,
-        "axes.labelcolor": MUTED,
-        "axes.facecolor": "none",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "figure.facecolor": "none",
-        "xtick.color": GRID,
-        "ytick.color": GRID,
-        "xtick.labelcolor": MUTED,
-        "ytick.labelcolor": MUTED,
-        "xtick.labelsize": 10,
-        "ytick.labelsize": 10,
-        "grid.color": GRID,
-        "grid.linewidth": 0.8,
-    }
+    def change(self, change: BeforeAfter, info: StageInfo) -> str:
+        """The same questions before and after a stage, by the share that was right."""
+        name = f"Questions by right answers before and after {info.label}"
+        return self.draw(
+            330, 190, name, lambda axes: _change(axes, change, info), left=46, bottom=38, top=22
+        )
 
 
-def _as_svg(figure: Figure, prefix: str, name: str) -> str:
-    """Return the figure as inline SVG: unique ids, theme colours, no fixed size, no header."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    body = text[text.index("<svg") :]
-    opening, body = body.split(">", 1)
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', body)
-    body = re.sub(r'xlink:href="#', f'href="#{prefix}-', body)
-    body = body.replace("url(#", f"url(#{prefix}-")
-    # `font: [weight] 10px 'DejaVu Sans', ...` -> the page's own font in that size.
-    body = re.sub(r"font: (?:(\d+|bold) )?([\d.]+)px [^;\"]*", _page_font, body)
-    body = re.sub("#01fe1[0-9a]", lambda match: f"var(--{VARIABLES[match.group()]})", body)
-    view = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', opening)
-    assert view is not None, "matplotlib wrote an SVG without a viewBox"
-    escaped = name.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    width, height = view.groups()
-    return (
-        f'<svg viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img" '
-        f'aria-label="{escaped}">{body}'
-    )
+def step_label(step: Step, wide: bool) -> str:
+    """Whose gain over whom."""
+    longest = _LONGEST_LABEL[wide]
+    after, before = short(step.after.label, longest), short(step.before.label, longest)
+    return f"{after} over {before}" if wide else f"{after}\nover {before}"
 
 
-def _page_font(match: re.Match[str]) -> str:
-    weight, size = match.groups()
-    return f"font-size: {size}px" + (f"; font-weight: {weight}" if weight else "")
+def line_colour(panel: Panel, line: Line, place: int, info: StageInfo) -> str:
+    """A line's placeholder colour: the stage's own for the first, a meaning's where it has one."""
+    if line.label in _LINE_COLOURS:
+        return _LINE_COLOURS[line.label]
+    if line.held_out and not any(not one.held_out for one in panel.lines):
+        return [tone(info.tone), *(tone(number) for number in range(4, TONES))][place % 5]
+    if line.held_out:
+        return INK
+    others = [tone(number) for number in range(4, TONES)]
+    return tone(info.tone) if place == 0 else others[(place - 1) % len(others)]
 
 
-def _accuracy(axes: Axes, results: Sequence[StageResult]) -> None:
+def _text_width(text: str) -> float:
+    return 6.9 * len(text)
+
+
+def _margin(labels: Sequence[str], wide: bool) -> float:
+    return max(_text_width(short(label, _LONGEST_LABEL[wide])) for label in labels) + 18
+
+
+# -- results -------------------------------------------------------------------------------------
+
+
+def _accuracy(axes: Axes, results: Sequence[StageResult], wide: bool) -> None:
     """Draw one row a result: sampled (round) above greedy (diamond), values beside them."""
     for row, result in enumerate(results):
-        colour = STAGE_COLOURS.get(result.name, OTHER)
-        hollow = result.name == "control"
-        for value, error, marker, size, offset in (
-            (result.sampled, result.sampled_se, "o", 6.5, -0.17),
-            (result.greedy, result.greedy_se, "D", 4.5, 0.2),
+        for rate, marker, size, offset in (
+            (result.whole.sampled, "o", 6.5, -0.17),
+            (result.whole.greedy, "D", 4.5, 0.2),
         ):
-            low, high = 100 * (value - Z95 * error), 100 * (value + Z95 * error)
-            axes.plot(
-                (low, high), (row + offset,) * 2, color=colour, linewidth=9, alpha=0.3,
-                solid_capstyle="butt",
-            )  # fmt: skip
-            axes.plot(
-                100 * value, row + offset, marker, markersize=size, color=colour,
-                markerfacecolor=CARD if hollow else colour, markeredgewidth=1.4, clip_on=False,
-            )  # fmt: skip
-            # Beside the interval; on its left where the right edge is near.
-            near_edge = 100 * value > 88
+            main = marker == "o"
+            _dot(axes, rate, row + offset, result.info, marker, size, width=9)
+            near_edge = 100 * rate.value > 86
             axes.annotate(
-                f"{100 * value:.1f}",
-                (low if near_edge else high, row + offset),
+                f"{100 * rate.value:.1f}",
+                (100 * (rate.low if near_edge else rate.high), row + offset),
                 xytext=(-7 if near_edge else 7, 0),
                 textcoords="offset points",
                 ha="right" if near_edge else "left",
                 va="center_baseline",
-                fontsize=12 if marker == "o" else 10.5,
-                fontweight="bold" if marker == "o" else "normal",
-                color=INK if marker == "o" else MUTED,
+                fontsize=12 if main else 10.5,
+                fontweight="bold" if main else "normal",
+                color=INK if main else MUTED,
             )
-    axes.set_yticks(range(len(results)), [result.label for result in results], color=INK)
+    _percent_rows(axes, [short(result.label, _LONGEST_LABEL[wide]) for result in results])
+
+
+def _dot(
+    axes: Axes, rate: Rate, y: float, info: StageInfo, marker: str, size: float, width: float
+) -> None:
+    colour = tone(info.tone)
+    axes.plot((100 * rate.low, 100 * rate.high), (y, y), color=colour, linewidth=width, alpha=0.3,
+              solid_capstyle="butt")  # fmt: skip
+    axes.plot(
+        100 * rate.value, y, marker, markersize=size, color=colour,
+        markerfacecolor=CARD if info.aside else colour, markeredgewidth=1.4, clip_on=False,
+    )  # fmt: skip
+
+
+def _percent_rows(axes: Axes, labels: Sequence[str]) -> None:
+    axes.set_yticks(range(len(labels)), labels, color=INK)
     axes.tick_params(axis="y", length=0, labelsize=12)
-    axes.set_ylim(len(results) - 0.45, -0.55)
+    axes.set_ylim(len(labels) - 0.45, -0.55)
     axes.set_xlim(0, 100)
     axes.set_xticks(range(0, 101, 20), [f"{tick}%" for tick in range(0, 101, 20)])
     axes.xaxis.tick_top()
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="x")
     axes.spines[["bottom", "left"]].set_visible(False)
+
+
+def _steps(axes: Axes, steps: Sequence[Step], labels: Sequence[str]) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.axvline(0, color=MUTED, linewidth=1.2)
+    for row, step in enumerate(steps):
+        _dot(axes, step.sampled, row, step.after, "o", 6.5, width=9)
+        axes.annotate(
+            f"{100 * step.sampled.value:+.1f}",
+            (100 * step.sampled.value, row),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+            fontweight="bold",
+            fontsize=11,
+        )
+    bounds = [100 * bound for step in steps for bound in (step.sampled.low, step.sampled.high)]
+    low, high = min([0.0, *bounds]), max([0.0, *bounds])
+    room = 0.06 * max(high - low, 1.0)
+    axes.set_xlim(low - room, high + room)
+    axes.set_yticks(range(len(steps)), labels, color=INK)
+    axes.set_ylim(len(steps) - 0.45, -0.65)
+    axes.tick_params(axis="both", length=0)
+    axes.tick_params(axis="y", labelsize=11.5)
+    axes.xaxis.tick_top()
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:+.0f}" if value else "0")
+    )
+    axes.grid(axis="x")
+    axes.spines[["bottom", "left"]].set_visible(False)
+
+
+def _datasets(axes: Axes, results: Sequence[StageResult], names: Sequence[str], wide: bool) -> None:
+    room = 0.8 / len(results)
+    for row, name in enumerate(names):
+        axes.axhline(row + 0.5, color=GRID, linewidth=0.8)
+        for place, result in enumerate(results):
+            if name in result.datasets:
+                y = row - 0.4 + (place + 0.5) * room
+                _dot(axes, result.datasets[name].sampled, y, result.info, "o", 5, width=5)
+    _percent_rows(axes, [short(name, _LONGEST_LABEL[wide]) for name in names])
+
+
+def _sizes(axes: Axes, results: Sequence[StageResult]) -> None:
+    from matplotlib.ticker import NullLocator
+
+    ends: list[tuple[float, str, str]] = []
+    sizes = sorted({size for result in results for size in result.whole.passes})
+    for result in results:
+        colour = tone(result.info.tone)
+        for rates, style, word in (
+            (result.whole.passes, "-", "pass"),
+            (result.whole.majorities, "--", "majority"),
+        ):
+            if not rates:
+                continue
+            xs, ys = list(rates), [100 * rate.value for rate in rates.values()]
+            axes.plot(xs, ys, style, color=colour, linewidth=2, marker="o", markersize=4,
+                      clip_on=False)  # fmt: skip
+            if word == "pass":
+                axes.fill_between(xs, [100 * rate.low for rate in rates.values()],
+                                  [100 * rate.high for rate in rates.values()],
+                                  color=colour, alpha=0.15, linewidth=0)  # fmt: skip
+                ends.append((ys[-1], result.label, colour))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(sizes[0], sizes[-1])
+    axes.set_xlabel("answers a question, k", labelpad=4)
+    axes.set_ylim(0, 100)
+    axes.set_yticks(range(0, 101, 25), [f"{tick}%" for tick in range(0, 101, 25)])
+    axes.grid(axis="y")
+    axes.tick_params(length=0)
+    axes.spines["left"].set_visible(False)
+    for y, text, colour in _apart(ends, 7.5):
+        axes.annotate(short(text, 12), (sizes[-1], y), xytext=(10, 0), textcoords="offset points",
+                      va="center_baseline", color=colour, annotation_clip=False)  # fmt: skip
+
+
+def _apart(ends: Sequence[tuple[float, str, str]], least: float) -> list[tuple[float, str, str]]:
+    """Labels moved up until none lies on another, in the order of their heights."""
+    placed: list[tuple[float, str, str]] = []
+    for y, text, colour in sorted(ends):
+        placed.append((max(y, placed[-1][0] + least) if placed else y, text, colour))
+    over = max(0.0, placed[-1][0] - 100) if placed else 0.0
+    return [(y - over, text, colour) for y, text, colour in placed]
+
+
+# -- training --------------------------------------------------------------------------------
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
@@ -217,79 +301,73 @@ def smooth(values: Sequence[float]) -> np.ndarray:
     return np.asarray((sums[high] - sums[low]) / (high - low))
 
 
-def _curve(axes: Axes, curve: Curve) -> None:
-    from matplotlib.ticker import MaxNLocator
+def _panel(axes: Axes, panel: Panel, info: StageInfo) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    colour = STAGE_COLOURS.get(curve.stage, OTHER)
-    few = len(curve.values) < 20
-    if few:
-        axes.plot(curve.steps, curve.values, color=colour, linewidth=1.8, marker="o", markersize=3)
-    else:
-        axes.plot(curve.steps, curve.values, color=colour, linewidth=0.8, alpha=0.35)
-        axes.plot(curve.steps, smooth(curve.values), color=colour, linewidth=2)
+    for place, line in enumerate(panel.lines):
+        colour = line_colour(panel, line, place, info)
+        if len(line.values) < 20:
+            axes.plot(line.steps, line.values, color=colour, linewidth=1.8, marker="o",
+                      markersize=3)  # fmt: skip
+        else:
+            axes.plot(line.steps, line.values, color=colour, linewidth=0.8, alpha=0.35)
+            axes.plot(line.steps, smooth(line.values), color=colour, linewidth=2)
+    for _, bound in panel.bounds:
+        axes.axhline(bound, color=BAD, linewidth=1.2, linestyle=(0, (4, 3)))
+    _whole_if_flat(axes, panel)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.yaxis.get_offset_text().set_color(MUTED)
-    axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+    if panel.unit == "share":
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+    else:
+        axes.yaxis.get_offset_text().set_color(MUTED)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
     axes.grid(axis="y")
     axes.margins(x=0.01)
     axes.tick_params(length=0)
     axes.spines["left"].set_visible(False)
 
 
-def _rows(axes: Axes, histogram: Histogram) -> None:
-    total = sum(histogram.counts)
-    colours = [OUTCOME_COLOURS.get(name, OTHER) for name in histogram.bins]
-    axes.barh(range(len(histogram.bins)), histogram.counts, height=0.6, color=colours)
-    for row, number in enumerate(histogram.counts):
-        axes.annotate(
-            f"{number:,} ({100 * number / total:.1f}%)",
-            (number, row),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center_baseline",
-        )
-    axes.set_yticks(range(len(histogram.bins)), list(histogram.bins), color=INK)
-    axes.set_ylim(len(histogram.bins) - 0.5, -0.5)
-    axes.set_xlim(0, 1.6 * max(histogram.counts))  # room for the numbers
-    axes.set_xticks([])
-    axes.tick_params(length=0)
-    axes.spines["bottom"].set_visible(False)
+def _whole_if_flat(axes: Axes, panel: Panel) -> None:
+    """A line that does not move is drawn as such, not as the noise of its last digits."""
+    values = [value for line in panel.lines for value in line.values]
+    values += [bound for _, bound in panel.bounds]
+    low, high = min(values), max(values)
+    if high - low <= 1e-6 * max(abs(low), abs(high)):
+        room = 0.5 * abs(high) or 0.5
+        axes.set_ylim(low - room, high + room)
 
 
-def _columns(axes: Axes, histogram: Histogram) -> None:
+def _columns(axes: Axes, rollouts: Rollouts, colour: int) -> None:
+    size, counts = rollouts.size, rollouts.right
+    inside = [place for place in range(size + 1) if 0.2 <= place / size <= 0.8]
+    if inside:
+        axes.axvspan(inside[0] - 0.5, inside[-1] + 0.5, color=BAND, linewidth=0)
+    axes.bar(range(size + 1), counts, width=0.72, color=tone(colour))
+    _bins(axes, size)
+
+
+def _bins(axes: Axes, size: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    if histogram.band is not None:
-        axes.axvspan(histogram.band[0] - 0.5, histogram.band[1] + 0.5, color=BAND, linewidth=0)
-    axes.bar(range(len(histogram.bins)), histogram.counts, width=0.72, color=MPO)
-    places = range(0, len(histogram.bins), 1 if len(histogram.bins) <= 10 else 2)
-    axes.set_xticks(places, [histogram.bins[place] for place in places])
+    places = range(0, size + 1, 1 if size <= 10 else max(2, size // 8))
+    axes.set_xticks(places, [f"{place}/{size}" for place in places])
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.set_xlim(-0.5, len(histogram.bins) - 0.5)
+    axes.set_xlim(-0.6, size + 0.6)
+    axes.set_xlabel("right answers a question", labelpad=4)
+    axes.annotate("questions", (0, 1), xycoords="axes fraction", xytext=(-38, 9),
+                  textcoords="offset points", color=MUTED, fontsize=10)  # fmt: skip
     axes.grid(axis="y")
     axes.tick_params(length=0)
     axes.spines["left"].set_visible(False)
 
 
-def _times(axes: Axes, rows: Sequence[ManifestRow]) -> None:
-    colours = [STAGE_COLOURS.get(row.stage, OTHER) for row in rows]
-    for place, (row, colour) in enumerate(zip(rows, colours, strict=True)):
-        hollow = row.stage == "control"
-        axes.barh(
-            place, row.seconds, height=0.62, color=CARD if hollow else colour,
-            edgecolor=colour, linewidth=1.4,
-        )  # fmt: skip
-        axes.annotate(
-            f"{row.seconds:,.0f} s" if row.seconds >= 10 else f"{row.seconds:.1f} s",
-            (row.seconds, place),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center_baseline",
-        )
-    axes.set_yticks(range(len(rows)), [label(row.stage) for row in rows], color=INK)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(0, 1.18 * max([row.seconds for row in rows] + [1e-9]))
-    axes.set_xticks([])
-    axes.tick_params(length=0, labelsize=11)
-    axes.spines["bottom"].set_visible(False)
+def _change(axes: Axes, change: BeforeAfter, info: StageInfo) -> None:
+    size = len(change.before) - 1
+    for counts, side, colour in (
+        (change.before, -1, tone(TONES)),
+        (change.after, 1, tone(info.tone)),
+    ):
+        places = [place + 0.2 * side for place in range(size + 1)]
+        axes.bar(places, counts, width=0.38, color=colour)
+    _bins(axes, size)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import SequenceMatcher
-from typing import Any
+from typing import Any, TypeVar
 
-from cascade.report_data import label
+Key = TypeVar("Key", str, tuple[str, str])
 
 # Pairs whose completions share this much of their words differ by a slip.
 SLIP = 0.6
@@ -14,30 +14,30 @@ SLIP = 0.6
 LOOKED_AT = 2000
 
 
-def fate(right: Sequence[bool], stages: Sequence[str]) -> str:
+def fate(right: Sequence[bool], labels: Sequence[str]) -> str:
     """Say in words what became of a question, from whether each stage in turn had it right."""
     if not right[-1]:
         return "right once, wrong in the end" if any(right) else "never right"
     since = len(right) - 1
     while since > 0 and right[since - 1]:
         since -= 1
-    return f"right from {label(stages[since])} on" if since else "right throughout"
+    return f"right from {labels[since]} on" if since else "right throughout"
 
 
-def fate_words(stages: Sequence[str]) -> list[str]:
+def fate_words(labels: Sequence[str]) -> list[str]:
     """Return every fate that `fate` can give, the telling ones first."""
-    gained = [f"right from {label(name)} on" for name in stages[1:]]
+    gained = [f"right from {label} on" for label in labels[1:]]
     return [*gained, "right throughout", "right once, wrong in the end", "never right"]
 
 
-def choose_examples(fates: dict[str, str], words: Sequence[str], wanted: int) -> list[str]:
+def choose_examples(fates: dict[Key, str], words: Sequence[str], wanted: int) -> list[Key]:
     """Return the ids of `wanted` questions: by fate in turn, each time the next in file order.
 
     No hand chooses, and failures are shown with successes: every fate that occurs has a row
     before any has a second; what is left goes round again. Sorted by fate, as in `words`.
     """
     queues = {word: [id_ for id_, fate_ in fates.items() if fate_ == word] for word in words}
-    chosen: list[str] = []
+    chosen: list[Key] = []
     turn = 0
     while len(chosen) < min(wanted, len(fates)):
         chosen.extend(queue[turn] for queue in queues.values() if turn < len(queue))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cascade.report_data import Picture
 from cascade.report_files import get, read_object
-from internvl.errors import UserError
+from cascade.report_run import TRAINING, RunFolder
+from internvl.errors import DataError, UserError
 from internvl.thumbnails import Thumbnail, make_thumbnail
 
 # A page stays light: larger images are embedded at this size, small ones as they are.
 PICTURE_SIDE = 448
+MOST_PICTURES = 4  # of a question (a video has many)
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,13 @@ class Tiling:
     tile_size: int
 
 
-def read_tiling(run: Path, names: Sequence[str]) -> Tiling | None:
+def read_tiling(run: RunFolder) -> Tiling | None:
     """Return the tiling of the first stage that left its options and its model, or None."""
-    for name in names:
+    for name, info in run.stages.items():
         options, config = (
-            run / "stages" / name / file for file in ("config.resolved.json", "config.json")
+            run.folder(name) / file for file in ("config.resolved.json", "config.json")
         )
-        if not (options.exists() and config.exists()):
+        if info.kind not in TRAINING or not (options.exists() and config.exists()):
             continue
         side = get(get(read_object(config), "vision_config", dict, config), "image_size",
                    (int, list), config)  # fmt: skip
@@ -38,24 +40,41 @@ def read_tiling(run: Path, names: Sequence[str]) -> Tiling | None:
     return None
 
 
-def pictures(
-    run: Path, row: dict[str, Any], path: Path, tiling: Tiling | None
-) -> tuple[Thumbnail, ...]:
-    """Return the images of a record that was read from `path`."""
-    names = row.get("image") or []
-    names = [names] if isinstance(names, str) else names
-    if tiling is not None:  # several images share the budget
-        tiling = Tiling(max(1, tiling.max_tiles // max(1, len(names))), tiling.tile_size)
-    return tuple(_embed(_find_image(run, str(name), path), tiling) for name in names)
+class ImageFinder:
+    """Finds the images of records in the places that a run knows, and makes them small."""
 
+    def __init__(self, run: RunFolder):
+        self.run = run
+        self.tiling = read_tiling(run)
+        roots = [run.path / "world"]
+        for name, info in run.stages.items():
+            if info.kind in TRAINING and (root := run.options(name).get("image_root")):
+                roots.append(Path(str(root)))
+            meta = run.folder(name) / "meta.json"
+            if info.kind == "pairs" and meta.exists():
+                entries = [one for one in read_object(meta).values() if isinstance(one, dict)]
+                roots += [meta.parent / str(one["root"]) for one in entries if one.get("root")]
+        self.roots = list(dict.fromkeys(roots))
 
-def _find_image(run: Path, name: str, path: Path) -> Path:
-    """Return an image's file: absolute, or relative to the run's world/ or to the JSONL file."""
-    tried = [run / "world" / name, path.parent / name]  # an absolute name replaces the folder
-    for candidate in tried:
-        if candidate.exists():
-            return candidate
-    raise UserError(f"{path}: image {name!r} not found; tried {tried[0]} and {tried[1]}")
+    def pictures(self, row: dict[str, Any], path: Path) -> tuple[Picture, ...]:
+        """The images of a record that was read from `path`; one that is not there says so."""
+        names = row.get("image") or []
+        names = [names] if isinstance(names, str) else names
+        tiling = self.tiling
+        if tiling is not None:  # several images share the budget
+            tiling = Tiling(max(1, tiling.max_tiles // max(1, len(names))), tiling.tile_size)
+        return tuple(self._picture(str(name), path, tiling) for name in names[:MOST_PICTURES])
+
+    def _picture(self, name: str, path: Path, tiling: Tiling | None) -> Picture:
+        # an absolute name replaces the folder
+        tried = [folder / name for folder in (path.parent, *self.roots)]
+        found = next((candidate for candidate in tried if candidate.exists()), None)
+        if found is None:
+            return Picture(None, name, "not found")
+        try:
+            return Picture(_embed(found, tiling), name)
+        except (DataError, UserError, OSError):
+            return Picture(None, name, "cannot be read")
 
 
 def _embed(path: Path, tiling: Tiling | None) -> Thumbnail:

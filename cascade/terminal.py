@@ -4,46 +4,47 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cascade.report_data import ReportData, StageResult, difference
+from cascade.report_data import ReportData, StageResult
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+_SHARES = ("format", "careless", "right chain")  # that have a column, where they were measured
+
 
 def stage_table(data: ReportData) -> Table:
-    """Return one row a checkpoint, for 80 columns: accuracy, step, format, reading, time.
+    """Return one row a checkpoint, for 80 columns: accuracy, step, shares, time.
 
-    The step is from the stage before (the control's from the SFT model that it continues), in
-    points of sampled accuracy and in standard errors of the difference.
+    Sampled accuracy and the step, in points from the stage whose model it began from, each with
+    half its 95% interval.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    first = data.stages[0]
+    first = data.results[0].whole
     table = Table(
         title=f"{first.n:,} held-out questions, {first.k} sampled answers each, in percent",
-        caption="+- one standard error; step: points (and standard errors)",
+        caption="+- half a 95% interval; step: points over the stage that it began from",
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
+    shares = [name for name in _SHARES if any(name in one.whole.shares for one in data.results)]
     table.add_column("stage", style="bold", no_wrap=True)
-    for name in ("greedy", "sampled", "step", "format", "careless", "chain", "time"):
-        table.add_column(name, justify="right", no_wrap=True)
-    befores = _befores(data)
-    for result in data.shown:
+    for name in ("greedy", "sampled", "step", *shares, "time"):
+        table.add_column(name.removeprefix("right "), justify="right", no_wrap=True)
+    for result in data.results:
+        sampled = result.whole.sampled
         table.add_row(
             result.label,
-            _percent(result.greedy),
-            f"{_percent(result.sampled)} +-{_percent(result.sampled_se)}",
-            _step(befores.get(result.name), result),
-            _percent(result.format),
-            _percent(result.careless),
-            _percent(result.chain_correct),
+            _percent(result.whole.greedy.value),
+            f"{_percent(sampled.value)} +-{_percent((sampled.high - sampled.low) / 2)}",
+            _step(data, result),
+            *(_percent(result.whole.shares.get(name)) for name in shares),
             "-" if result.seconds is None else f"{result.seconds:,.0f} s",
-            style="dim" if result.name in ("control", "sft-careful") else None,
+            style="dim" if result.info.aside else None,
         )
     return table
 
@@ -52,15 +53,9 @@ def _percent(rate: float | None) -> str:
     return "-" if rate is None else f"{100 * rate:.1f}"
 
 
-def _befores(data: ReportData) -> dict[str, StageResult]:
-    befores = {b.name: a for a, b in zip(data.stages, data.stages[1:], strict=False)}
-    if data.control is not None:
-        befores["control"] = data.stages[0]
-    return befores
-
-
-def _step(before: StageResult | None, after: StageResult) -> str:
-    if before is None:
+def _step(data: ReportData, result: StageResult) -> str:
+    step = data.step_of(result)
+    if step is None:
         return "-"
-    step = difference(before, after)
-    return f"{100 * step.gain:+.1f} ({step.sigmas:.1f})"
+    gain = step.sampled
+    return f"{100 * gain.value:+.1f} +-{_percent((gain.high - gain.low) / 2)}"

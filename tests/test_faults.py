@@ -312,7 +312,7 @@ def test_a_wrong_configuration_is_one_line(
         ("cascade demo --speed 1", "unrecognized arguments: --speed 1"),
         ("cascade demo --seed x", "argument --seed: invalid int value: 'x'"),
         ("cascade demo --preset huge", "argument --preset: invalid choice: 'huge'"),
-        (f"cascade report {NOT_HERE}", f"{NOT_HERE}/summary.json: not found; a report needs it"),
+        (f"cascade report {NOT_HERE}", f"{NOT_HERE}/manifest.json: not found; a report needs it"),
         ("cascade world w --sft -3", "--sft is -3; give a number of records"),
         ("cascade evaluate q --model m --output e", "q: no such file"),
         ("cascade evaluate q --model m --output e --samples 0", "--samples is 0; give 1 or more"),

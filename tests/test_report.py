@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import random
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,148 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageDraw
+from report_cases import (
+    DEMO_RATES,
+    STAGES,
+    make_demo_run,
+    make_run,
+    options,
+    record,
+    write_json,
+)
 
 from cascade import report
 from cascade.report_choose import choose_examples, choose_pairs, fate, fate_words
-from cascade.report_data import StageResult, difference
+from cascade.report_data import Measures, Picture, Rate, ReportData, StageInfo, StageResult, Step
+from cascade.report_words import mark_words, troubles
 from cascade.terminal import stage_table
 from internvl.errors import UserError
 from internvl.thumbnails import Thumbnail
 
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"  # what rich writes where a column is too narrow
-COLOURS = {"red": "#dc3232", "green": "#32be46", "blue": "#3c5ae6", "yellow": "#e6d232"}
-# name: greedy, sampled, format, tokens, careless, right chains, seconds
-RESULTS = {
-    "sft-careful": (0.752, 0.620, 0.981, 23.1, 0.0, 0.552, 71.3),
-    "sft": (0.130, 0.321, 0.989, 15.9, 0.583, 0.262, 17.2),
-    "mpo": (0.835, 0.780, 0.994, 23.0, 0.0, 0.741, 31.8),
-    "control": (0.849, 0.651, 0.991, 21.7, 0.161, 0.602, 18.4),
-    "rl": (0.879, 0.855, 0.999, 23.0, 0.0, 0.830, 92.6),
-}
-LOGGED = {
-    "sft-careful": {"loss": (2.9, 0.4), "learning_rate": (1e-3, 1e-4)},
-    "sft": {"loss": (0.9, 0.5), "learning_rate": (5e-4, 1e-5)},
-    "mpo": {
-        "loss": (1.27, 0.86), "loss/sigmoid": (0.69, 0.41), "loss/bco_pair": (1.39, 1.02),
-        "loss/sft": (0.44, 0.33), "rewards/chosen": (0.0, 0.41), "rewards/rejected": (0.0, -1.3),
-        "rewards/margins": (0.0, 1.7), "rewards/accuracies": (0.5, 0.84),
-        "bco/delta": (0.0, -0.3), "grad_norm": (6.0, 3.0),
-    },
-    "control": {"loss": (0.44, 0.30), "grad_norm": (3.0, 1.0)},
-    "rl": {
-        "loss": (0.0, -0.01), "reward": (0.8, 0.95), "reward_std": (0.3, 0.2),
-        "clip_ratio/region_mean": (0.1, 0.2), "sampling/logprob_gap_max": (2e-6, 3e-6),
-        "frac_reward_zero_std": (0.3, 0.6), "completions/mean_length": (22.8, 23.0),
-        "entropy": (0.31, 0.12),
-    },
-}  # fmt: skip
-
-
-def make_run(run: Path, *, questions: int = 30, steps: int = 24, n: int = 2000) -> Path:
-    """Write a run folder as `cascade demo` leaves it, with invented but likely numbers."""
-    rng = random.Random(0)
-    rows = [make_question(run / "world", index, rng) for index in range(questions)]
-    for name, (greedy, sampled, format_, tokens, careless, chain, _) in RESULTS.items():
-        metrics = {
-            "name": name, "model": f"stages/{name}", "n": n, "k": 4, "greedy": greedy,
-            "greedy_se": math.sqrt(greedy * (1 - greedy) / n), "sampled": sampled,
-            "sampled_se": 0.8 * math.sqrt(sampled * (1 - sampled) / n), "format": format_,
-            "mean_tokens": tokens, "careless": careless, "chain_correct": chain,
-        }  # fmt: skip
-        write_json(run / "eval" / name / "metrics.json", metrics)
-        logged = LOGGED[name]
-        answered = [answer(row, greedy, sampled, careless, rng) for row in rows]
-        write_lines(run / "eval" / name / "predictions.jsonl", answered)
-        log = [
-            {"step": step} | {key: wander(*ends, step / steps, rng) for key, ends in logged.items()}
-            for step in range(1, steps + 1)
-        ]
-        log += [{"step": step, "eval_gold_probability": step / 50} for step in (8, 16, 24)]
-        write_json(run / "stages" / name / "trainer_state.json", {"log_history": log})
-    write_pairs(run, rows, rng)
-    write_json(run / "stages" / "mpo" / "config.resolved.json",
-               {"learning_rate": 3e-4, "max_tiles": 2})  # fmt: skip
-    write_json(run / "stages" / "mpo" / "config.json", {"vision_config": {"image_size": [56, 56]}})
-    (run / "recipe.yaml").write_text("preset: full\n")
-    write_json(run / "manifest.json", {"seed": 7, "preset": "full", "stages": [
-        {"name": name, "command": ["accelerate", "launch", "-m", name, "--config", "a b.yaml"],
-         "seconds": seconds, "started": "2026-11-20T09:00:00Z", "key": "0" * 64}
-        for name, seconds in [*((name, row[-1]) for name, row in RESULTS.items()), ("pairs", 41.0)]
-    ]})  # fmt: skip
-    summary = [{"name": name, "greedy": row[0], "sampled": row[1]} for name, row in RESULTS.items()]
-    summary = [row for row in summary if row["name"] in ("sft", "mpo", "rl")]
-    write_json(run / "summary.json", {"seed": 7, "seconds": 372.4, "stages": summary})
-    return run
-
-
-def wander(first: float, last: float, done: float, rng: random.Random) -> float:
-    """A noisy way from first to last, quick in the beginning, as losses go."""
-    return first + (last - first) * done**0.4 + rng.gauss(0, abs(last - first) / 9)
-
-
-def make_question(world: Path, index: int, rng: random.Random) -> dict[str, Any]:
-    """Draw one chart and return its question, with the heights beside it."""
-    heights = {name: rng.randint(1, 9) for name in rng.sample(list(COLOURS), 4)}
-    image = Image.new("RGB", (112 if index % 2 else 56, 56), (12, 12, 14))
-    for place, (name, height) in enumerate(heights.items()):
-        box = (4 + 13 * place, 54 - 5 * height, 12 + 13 * place, 54)
-        ImageDraw.Draw(image).rectangle(box, fill=COLOURS[name])
-    path = world / "images" / "heldout" / f"{index:05d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
-    first, second = rng.sample(list(COLOURS), 2)
-    return {
-        "id": f"heldout-{index}", "image": f"images/heldout/{index:05d}.png",
-        "question": f"<image>\nWhat is the sum of the {first} and {second} bars?",
-        "answer": str(heights[first] + heights[second]),
-        "bars": (first, heights[first], second, heights[second]),
-    }  # fmt: skip
-
-
-def completion(row: dict[str, Any], right: bool, careless: bool, rng: random.Random) -> str:
-    first, a, second, b = row["bars"]
-    b += 0 if right else rng.choice((-1, 1))
-    if careless:
-        return f"It looks clear from the chart. Final Answer: {a + b}"
-    reading = f"The {first} bar is {a}. The {second} bar is {b}."
-    return f"{reading} {a} + {b} = {a + b}. Final Answer: {a + b}"
-
-
-def answer(
-    row: dict[str, Any], greedy: float, sampled: float, careless: float, rng: random.Random
-) -> dict[str, Any]:
-    def one(rate: float) -> dict[str, str]:
-        right = rng.random() < rate
-        text = completion(row, right, rng.random() < careless, rng)
-        return {"completion": text, "outcome": "correct" if right else "wrong"}
-
-    kept = {key: row[key] for key in ("id", "image", "question", "answer")}
-    return kept | {"greedy": one(greedy), "sampled": [one(sampled) for _ in range(4)]}
-
-
-def write_pairs(run: Path, rows: list[dict[str, Any]], rng: random.Random) -> None:
-    write_lines(run / "stages" / "pairs" / "pairs.jsonl", [
-        {"id": f"{row['id']}-{k}", "image": row["image"], "question": row["question"],
-         "chosen": completion(row, True, False, rng), "answer_gt": row["answer"],
-         "rejected": completion(row, False, rng.random() < 0.6, rng)}
-        for row in rows for k in range(2)
-    ])  # fmt: skip
-    outcomes = ["correct"] * 3 + ["wrong"] * 6 + ["no_answer"]
-    write_lines(run / "stages" / "pairs" / "verdicts.jsonl", [
-        {"id": row["id"], "sample": k, "outcome": rng.choice(outcomes)}
-        for row in rows for k in range(8)
-    ])  # fmt: skip
-
-
-def write_json(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-
-
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
@@ -162,12 +37,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(run: Path) -> str:
-    return report.render(report.collect(run))
+def data(run: Path) -> ReportData:
+    return report.collect(run)
 
 
-def stage(name: str, sampled: float, se: float = 0.01) -> StageResult:
-    return StageResult(name, 2000, 4, sampled, 0.01, sampled, se, 0.99, 23.0)
+@pytest.fixture(scope="module")
+def page(data: ReportData) -> str:
+    return report.render(data)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> ReportData:
+    return report.collect(make_demo_run(tmp_path_factory.mktemp("demo")))
 
 
 class Tags(HTMLParser):
@@ -190,154 +71,362 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_says_what_was_measured(page: str) -> None:
-    for text in (
-        "preset full, seed 7, 6 min 12 s in all",
-        "the same 2,000 held-out questions",
-        "32.1% (SFT) to 78.0% (MPO) to 85.5% (GSPO), greedy 13.0% to 83.5% to 87.9%",
-        "each step is up by more than 3 standard errors of the difference",
-        "reaches 65.1%, so MPO&#39;s preference and quality terms add +12.9 points",
-        "Careful SFT", "16.1%", "58.3%", "74.1%", "1 min 33 s",
-        "&#34;learning_rate&#34;: 0.0003", "preset: full",
-        "accelerate launch -m mpo --config &#39;a b.yaml&#39;",
-        "6 of 60 pairs", "240 offline rollouts", "It cannot show",
-    ):  # fmt: skip
-        assert text in page, text
+# -- what is read ------------------------------------------------------------------------------
 
 
-def test_the_page_is_well_formed_and_needs_nothing_else(page: str) -> None:
-    parser = Tags()
-    parser.feed(page)
-    assert not parser.open
-    assert not re.search(r"https?:|<script|<link|@import|url\((?!#)", page)
-    assert "#01fe1" not in page  # every placeholder colour became a colour of the theme
-    for tag, attributes in parser.tags:
-        for key in {"src", "href", "xlink:href"}.intersection(attributes):
-            start = "data:image/png;base64," if tag == "img" else "#"
-            assert str(attributes[key]).startswith(start)
-    ids = [attributes["id"] for _, attributes in parser.tags if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    assert sum(tag == "img" for tag, _ in parser.tags) == 8 + 6
-    curves = sum(len(keys) for keys in LOGGED.values()) + 2  # + two probes of SFT
-    assert sum(tag == "svg" for tag, _ in parser.tags) == 2 + 2 + 2 + curves
+def test_a_stage_knows_its_kind_and_where_it_began(data: ReportData) -> None:
+    kinds = {name: (info.kind, info.origin) for name, info in data.stages.items()}
+    assert kinds == {
+        "sft": ("sft", None), "sft_more": ("sft", "sft"), "pairs": ("pairs", "sft"),
+        "mpo": ("mpo", "sft"), "select": ("select", "mpo"), "rl_alone": ("rl", "sft"),
+        "rl": ("rl", "mpo"),
+    }  # fmt: skip
+    trained = [data.stages[name].tone for name in STAGES]
+    assert len(set(trained)) == len(trained)  # a colour each
+    assert [result.name for result in data.line] == list(STAGES)
 
 
-def test_images_show_where_they_were_cut(run: Path, page: str) -> None:
-    data = report.collect(run)
-    shown = [picture for row in data.examples for picture in row.pictures]
-    shown += [picture for row in data.pairs for picture in row.pictures]
-    wide = [picture for picture in shown if picture.width == 112]
-    assert 0 < len(wide) < len(shown)
-    assert {picture.grid for picture in wide} == {(2, 1)}
-    assert {picture.grid for picture in shown if picture.width == 56} == {(1, 1)}
-    assert page.count(">2 x 1 tiles + thumbnail<") == len(wide)
-    assert page.count(">1 tile<") == len(shown) - len(wide)
-    cut = '<i class="cut x" style="left: 50.00%"></i>'
-    assert page.count(cut) == page.count('<i class="cut') == len(wide)
+def test_the_first_format_says_the_same_by_its_commands(demo: ReportData) -> None:
+    kinds = {name: (info.kind, info.origin, info.aside) for name, info in demo.stages.items()}
+    assert kinds == {
+        "sft-careful": ("sft", None, True), "sft": ("sft", "sft-careful", False),
+        "mpo": ("mpo", "sft", False), "control": ("mpo", "sft", True), "rl": ("rl", "mpo", False),
+        "pairs": ("pairs", None, True),
+    }  # fmt: skip
+    assert [result.name for result in demo.results] == [
+        "sft-careful",
+        "sft",
+        "mpo",
+        "control",
+        "rl",
+    ]
+    assert [result.label for result in demo.line] == ["SFT", "MPO", "GSPO"]
+    # no intervals in its metrics: 1.96 standard errors
+    mpo = demo.line[1].whole.sampled
+    assert mpo.value == DEMO_RATES["mpo"][1] == 0.78
+    assert mpo.high - mpo.value == pytest.approx(1.96 * 0.8 * (0.78 * 0.22 / 2000) ** 0.5, rel=1e-3)
+    assert demo.gates == [] and demo.waiting == [] and demo.demo_world
 
-    unknown = replace(data.examples[0], pictures=(replace(wide[0], grid=None),))
-    page = report.render(replace(data, examples=[unknown], pairs=[]))
-    assert "<i class" not in page and "thumbnail<" not in page
-    assert Thumbnail("", 3, 2, (3, 2), (3, 2)).cuts == [
-        ("x", pytest.approx(100 / 3)), ("x", pytest.approx(200 / 3)), ("y", 50)
+
+def test_results_are_those_of_the_metrics(run: Path, data: ReportData) -> None:
+    metrics = json.loads((run / "eval" / "mpo" / "metrics.json").read_text())
+    mpo = next(result for result in data.results if result.name == "mpo")
+    whole = mpo.whole
+    assert (whole.n, whole.k) == (30, 4)
+    assert whole.sampled == Rate(metrics["sampled"], *metrics["sampled_ci"])
+    assert whole.greedy == Rate(metrics["greedy"], *metrics["greedy_ci"])
+    assert sorted(whole.passes) == [1, 2, 4]
+    assert whole.passes[4] == Rate(metrics["pass@4"], *metrics["pass@4_ci"])
+    assert whole.majorities[4].value == metrics["majority@4"]
+    assert whole.shares == {"format": 1.0, "careless": metrics["careless"]}
+    assert list(mpo.datasets) == ["charts", "tables"]
+    assert mpo.datasets["tables"].n == 15
+    assert mpo.datasets["tables"].sampled.value == metrics["datasets"]["tables"]["sampled"]
+    assert mpo.seconds == 31.8
+
+
+def test_steps_are_paired_question_by_question(run: Path, data: ReportData) -> None:
+    assert [(s.before.name, s.after.name) for s in data.steps] == [
+        ("sft", "sft_more"), ("sft", "mpo"), ("sft", "rl_alone"), ("mpo", "rl")
     ]  # fmt: skip
-
-
-def test_untrusted_text_is_escaped(run: Path) -> None:
-    data = report.collect(run)
-    bad = '<script>alert("x")</script>'
-    first, pair = data.examples[0], data.pairs[0]
-    answers = tuple(replace(one, completion=bad) for one in first.answers)
-    page = report.render(
-        replace(
-            data,
-            curves=(),
-            title=bad,
-            examples=[replace(first, question=bad, answer=bad, id='"><b>', answers=answers)],
-            pairs=[replace(pair, chosen=bad, rejected=f"no {bad}")],
-            config_files=[(bad, bad)],
-        )
+    assert {(s.before.name, s.after.name) for s in data.others} == {
+        ("sft_more", "mpo"), ("sft_more", "rl_alone"), ("sft_more", "rl"), ("mpo", "rl_alone"),
+        ("rl_alone", "rl"),
+    }  # fmt: skip
+    step = next(step for step in data.steps if step.after.name == "mpo")
+    before, after = (
+        [json.loads(line) for line in (run / "eval" / name / "predictions.jsonl").open()]
+        for name in ("sft", "mpo")
     )
-    assert "<script" not in page and "<b>&" not in page and '"><b>' not in page
-    assert page.count("&lt;script&gt;alert(") >= 8
+    right = [(a["greedy"]["outcome"] == "correct", b["greedy"]["outcome"] == "correct")
+             for a, b in zip(before, after, strict=True)]  # fmt: skip
+    assert step.paired and step.n == 30
+    assert step.only_after == right.count((False, True))
+    assert step.only_before == right.count((True, False))
+    gains = [
+        sum(one["outcome"] == "correct" for one in b["sampled"]) / 4
+        - sum(one["outcome"] == "correct" for one in a["sampled"]) / 4
+        for a, b in zip(before, after, strict=True)
+    ]
+    assert step.sampled.value == pytest.approx(sum(gains) / 30)
+    assert step.sampled.low < step.sampled.value < step.sampled.high
+    assert step.verdict == "up" and step.sampled_p is not None and step.sampled_p < 0.001
 
 
-def test_the_same_run_gives_the_same_bytes(run: Path, page: str) -> None:
-    assert report.write_report(run).read_text(encoding="utf-8") == page
+def test_without_predictions_a_step_is_of_two_samples(tmp_path: Path) -> None:
+    run = make_run(tmp_path, questions=12, steps=2, stages=("sft", "mpo"))
+    for path in run.glob("eval/*/predictions.jsonl"):
+        path.unlink()
+    data = report.collect(run)
+    (step,) = data.steps
+    a, b = (result.whole.sampled for result in data.results)
+    assert not step.paired and step.sampled_p is None and step.greedy_p is None
+    assert step.sampled.value == b.value - a.value
+    wide = ((b.value - b.low) ** 2 + (a.high - a.value) ** 2) ** 0.5
+    assert step.sampled.low == pytest.approx(step.sampled.value - wide)
+    assert data.examples == [] and data.changes == []
 
 
-def test_optional_parts_can_be_missing(tmp_path: Path) -> None:
-    keep = {"metrics.json", "summary.json", "manifest.json"}
-    for path in make_run(tmp_path, questions=1, steps=2).rglob("*"):
-        if path.is_file() and (path.name not in keep or "sft-careful" in path.parts):
-            path.unlink()
-    for name in ("sft", "mpo", "rl"):
-        path = tmp_path / "eval" / name / "metrics.json"
-        metrics = json.loads(path.read_text())
-        del metrics["careless"], metrics["chain_correct"]
-        write_json(path, metrics)
-    (tmp_path / "eval" / "control" / "metrics.json").unlink()
-    page = report.write_report(tmp_path).read_text(encoding="utf-8")
-    for absent in ("answered by each stage", "Preference pairs", "rollouts</h2>", "curves</h2>",
-                   "Careful SFT is", "Hollow"):  # fmt: skip
-        assert absent not in page
-    assert "No control was evaluated" in page and "<td>-</td>" in page
+def test_rollouts_and_the_same_questions_before_and_after(run: Path, data: ReportData) -> None:
+    pairs, select = data.rollouts
+    assert (pairs.model, select.model, pairs.kept, select.kept) == ("sft", "mpo", None, 15)
+    rows = [json.loads(line) for line in (run / "stages/pairs/verdicts.jsonl").open()]
+    outcomes = [row["outcome"] for row in rows]
+    assert pairs.outcomes == {
+        name: outcomes.count(name) for name in ("correct", "wrong", "no_answer")
+        if name in outcomes
+    }  # fmt: skip
+    assert pairs.size == 8 and sum(pairs.right) == 30
+    assert sum(k * n for k, n in enumerate(pairs.right)) == pairs.outcomes["correct"]
+    changes = {change.info.name: change for change in data.changes}
+    # SFT's and MPO's model were asked the same questions for pairs and for the selection
+    assert changes["mpo"].source == "rollouts of pairs and select"
+    assert (changes["mpo"].before, changes["mpo"].after) == (pairs.right, select.right)
+    assert changes["rl"].source == "samples of the evaluation"
+    assert len(changes["rl"].before) == 5 and changes["rl"].n == 30
+    assert changes["rl"].up + changes["rl"].down <= 30
+
+
+def test_curves_hold_everything_that_was_logged(data: ReportData) -> None:
+    trainings = {one.info.name: one for one in data.trainings}
+    assert list(trainings) == list(STAGES)
+    panels = {panel.title: panel for panel in trainings["rl"].panels}
+    assert [line.label for line in panels["Outcomes"].lines] == ["correct", "wrong"]  # no time-out
+    assert [line.label for line in panels["Parts of the reward"].lines] == ["format", "accuracy"]
+    assert panels["Entropy"].bounds == (("collapse_min_entropy", 0.2),)
+    entropy = panels["Entropy"].lines[0].values
+    assert panels["Entropy"].passed == sum(value < 0.2 for value in entropy) > 0
+    assert panels["Log-prob gap, largest"].bounds == (("max_logprob_gap", 1e-4),)
+    assert panels["Log-prob gap, largest"].passed == 0
+    assert [panel.title for panel in trainings["rl"].others] == ["my/own_number"]
+    assert [p.title for p in trainings["rl"].panels if p.is_time] == ["Seconds of a step, by phase"]
+    loss = panels["Loss"]
+    assert [(line.key, line.label) for line in loss.lines] == [
+        ("loss", "training"), ("eval_loss", "held out")
+    ]  # fmt: skip
+    packing = {panel.title: panel for panel in trainings["sft"].panels}["Packs filled"]
+    assert packing.unit == "share" and packing.keys == "packing/*"
+    for training in data.trainings:
+        steps = {len(line.steps) for panel in training.panels for line in panel.lines}
+        assert steps <= {3, 24}
+
+
+def test_values_that_are_not_finite_are_counted(tmp_path: Path) -> None:
+    run = make_run(tmp_path, questions=2, steps=4, stages=("sft",))
+    log = [{"step": n, "loss": value, "grad_norm": float("nan")}
+           for n, value in enumerate([1.0, float("inf"), 0.5])]  # fmt: skip
+    write_json(run / "stages" / "sft" / "trainer_state.json", {"log_history": log})
+    (training,) = report.collect(run).trainings
+    (panel,) = training.panels  # of a number that is never finite there is nothing to draw
+    assert (panel.lines[0].values, panel.lines[0].dropped) == ((1.0, 0.5), 1)
+    data = replace(report.collect(run), results=[], examples=[], pairs=[])
+    assert "1 of loss not finite" in report.render(data)
+
+
+def test_time_cpu_and_tokens_by_process(run: Path, data: ReportData) -> None:
+    found = {one.name: (one.seconds, one.cpu_seconds, one.tokens) for one in data.processes}
+    assert found["mpo"] == (31.8, pytest.approx(47.7), None)
+    assert found["evaluate.mpo"] == (9.5, 14.25, 30 * 5 * 20)
+    assert found["pairs.sample"] == (12.0, 18.0, 30 * 8 * 3)
+    assert found["pairs.verify"][2] is None
+    log = json.loads((run / "stages/sft/trainer_state.json").read_text())["log_history"]
+    assert found["sft"][2] == round(max(one["num_tokens"] for one in log if "num_tokens" in one))
+
+
+def test_gates_and_what_is_missing(tmp_path: Path) -> None:
+    run = make_run(tmp_path, questions=20, steps=2, stages=("sft", "sft_more", "mpo"))
+    metrics = run / "eval" / "sft_more" / "metrics.json"
+    fallen = {"sampled": 0.01, "sampled_ci": [0, 0.1]}
+    write_json(metrics, {**json.loads(metrics.read_text()), **fallen})
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["stages"].append(record("rl", "rl", "rl", 4.0, done=False, config=options(run, "mpo")))
+    write_json(run / "manifest.json", manifest)
+    log = {"log_history": [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.6}]}
+    write_json(run / "stages/rl/checkpoint-2/trainer_state.json", log)
+    data = report.collect(run)
+    assert {gate.stage: gate.state for gate in data.gates} == {
+        "sft_more": "closed", "mpo": "passed", "rl": "not reached"
+    }  # fmt: skip
+    assert [one.name for one in data.unfinished] == ["rl"]
+    assert data.waiting == ["rl_alone"]
+    assert data.trainings[-1].info.name == "rl"  # from its checkpoint
+    said = troubles(data)
+    assert said[:2] == ["Begun, but not ended well: rl.", "Not begun: rl_alone."]
+    assert said[2].startswith("The gate behind sft_more closed: sampled fell from ")
+    page = report.render(replace(data, trainings=(), results=[], examples=[], steps=[], others=[]))
+    assert "not finished" in page and "<td>not begun</td>" in page
+
+
+def test_a_run_without_any_result_has_a_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path, questions=1, steps=2, stages=())
+    (run / "recipe.yaml").unlink()
+    data = report.collect(run)
+    assert data.results == [] and data.title == "recipe"
+    path = report.write_report(run)
+    assert path == run / "report.html"
+    assert "nothing can be said of its accuracy" in path.read_text(encoding="utf-8")
+
+
+def test_an_image_that_is_not_there_says_so(tmp_path: Path) -> None:
+    run = make_run(tmp_path, questions=2, steps=2, stages=("sft",))
+    (run / "world/images/heldout/00000.png").unlink()
+    (run / "world/images/heldout/00001.png").write_bytes(b"no image")
+    data = report.collect(run)
+    shown = {row.id: row.pictures for row in data.examples}
+    assert shown["heldout-0"] == (Picture(None, "images/heldout/00000.png", "not found"),)
+    assert shown["heldout-1"] == (Picture(None, "images/heldout/00001.png", "cannot be read"),)
+    page = report.render(replace(data, trainings=()))
+    assert "images/heldout/00000.png: not found" in page
 
 
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("summary.json", None, "summary.json: not found"),
         ("manifest.json", None, "manifest.json: not found"),
-        ("eval/mpo/metrics.json", None, "metrics.json: not found"),
         ("eval/mpo/metrics.json", "{", "not JSON"),
         ("eval/mpo/metrics.json", '{"n": 1, "k": 1, "greedy": "x"}', "'greedy' is 'x'"),
-        ("eval/mpo/predictions.jsonl", "{}\n", "'id' is missing"),
+        ("eval/mpo/predictions.jsonl", "{}\n", "'greedy' is missing"),
         ("eval/mpo/predictions.jsonl", "[\n", "predictions.jsonl:1: not JSON"),
-        ("stages/pairs/pairs.jsonl", '{"question": "q", "image": "no.png", "chosen": "a", '
-         '"rejected": "b"}\n', "image 'no.png' not found"),
+        ("stages/pairs/pairs.jsonl", '{"chosen": "a", "rejected": "b"}\n', "'question' is missing"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_one_clear_error(
     tmp_path: Path, name: str, text: str | None, said: str
 ) -> None:
-    path = make_run(tmp_path, questions=1, steps=2) / name
+    path = make_demo_run(tmp_path, questions=1, steps=2) / name
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(UserError, match=re.escape(said)):
         report.collect(tmp_path)
 
 
-def test_the_headline_is_as_sober_as_the_numbers(run: Path) -> None:
-    data = report.collect(run)
-    # 80% -> 82% with errors of 1 point: 2 / sqrt(2) = 1.4 standard errors; then 10 / 1.41 = 7.1.
-    weak = [stage("sft", 0.80), stage("mpo", 0.82), stage("rl", 0.72)]
-    said = report.headline(replace(data, stages=weak, control=stage("control", 0.81)))
-    assert len(said) == 3
-    assert (
-        "MPO did not improve on SFT by more than 3 standard errors (+2.0 points, 1.4 s.e.)"
-        in said[1]
+# -- the page ----------------------------------------------------------------------------------
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(page: str, data: ReportData) -> None:
+    parser = Tags()
+    parser.feed(page)
+    assert not parser.open
+    assert not re.search(r"https?:|<script|<link|@import|url\((?!#)", page)
+    assert not re.search("#01fe[12]", page)  # every placeholder became a colour of the theme
+    for tag, attributes in parser.tags:
+        for key in {"src", "href", "xlink:href"}.intersection(attributes):
+            start = "data:image/" if tag == "img" else "#"
+            assert str(attributes[key]).startswith(start)
+    ids = [attributes["id"] for _, attributes in parser.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    links = [str(attributes["href"])[1:] for tag, attributes in parser.tags if tag == "a"]
+    assert len(links) == 8 and set(links) <= set(ids)
+    assert sum(tag == "img" for tag, _ in parser.tags) == 8 + 6
+    panels = sum(len(one.panels) + len(one.others) for one in data.trainings)
+    # accuracy, steps, data sets, sizes: twice each, for wide and narrow
+    assert sum(tag == "svg" for tag, _ in parser.tags) == 2 * 4 + 4 + 2 + panels
+
+
+def test_the_page_is_small(page: str) -> None:
+    assert len(page) < 1_500_000  # 60 charts and 14 pictures
+
+
+def test_images_show_where_they_were_cut(data: ReportData, page: str) -> None:
+    shown = [picture.shown for row in data.examples for picture in row.pictures]
+    shown += [picture.shown for row in data.pairs[0].rows for picture in row.pictures]
+    wide = [picture for picture in shown if picture and picture.width == 112]
+    assert 0 < len(wide) < len(shown)
+    assert {picture.grid for picture in wide} == {(2, 1)}
+    assert {one.grid for one in shown if one and one.width == 56} == {(1, 1)}
+    assert page.count(">2 x 1 tiles + thumbnail<") == len(wide)
+    assert page.count(">1 tile<") == len(shown) - len(wide)
+    cut = '<i class="cut x" style="left: 50.00%"></i>'
+    assert page.count(cut) == page.count('<i class="cut') == len(wide)
+    assert Thumbnail("", 3, 2, (3, 2), (3, 2)).cuts == [
+        ("x", pytest.approx(100 / 3)), ("x", pytest.approx(200 / 3)), ("y", 50)
+    ]  # fmt: skip
+
+
+def test_untrusted_text_is_escaped(data: ReportData) -> None:
+    bad = '<script>alert("x")</script>'
+    first, pairs, process = data.examples[0], data.pairs[0], data.processes[0]
+    info = replace(data.results[0].info, label=bad)
+    answers = tuple(replace(one, completion=bad, outcome=bad, info=info) for one in first.answers)
+    missing = Picture(None, bad, bad)
+    pair = replace(pairs.rows[0], chosen=bad, rejected=f"no {bad}")
+    example = replace(first, question=bad, answer=bad, id='"><b>', answers=answers, dataset=bad)
+    hostile = replace(
+        data,
+        title=bad,
+        recipe=bad,
+        revision=bad,
+        versions={bad: bad},
+        waiting=[bad],
+        trainings=(),
+        results=[replace(data.results[0], info=info)],
+        steps=[replace(data.steps[0], after=info)],
+        examples=[replace(example, pictures=(missing,))],
+        pairs=[replace(pairs, rows=(pair,))],
+        processes=[replace(process, command=(bad,), inputs={bad: bad})],
+        config_files=[(bad, bad)],
     )
-    assert "GSPO made it worse than MPO (-10.0 points, 7.1 s.e.)" in said[1]
-    assert "nothing is shown to come from MPO's" in said[2]
-    harm = report.headline(replace(data, stages=weak, control=stage("control", 0.9)))
-    assert "did harm here (-8.0 points" in harm[2]
+    page = report.render(hostile)
+    assert "<script" not in page and "<b>&" not in page and '"><b>' not in page
+    assert page.count("&lt;script&gt;alert(") >= 20
 
 
-def test_differences_in_standard_errors() -> None:
-    step = difference(stage("sft", 0.5, 0.03), stage("mpo", 0.65, 0.04))
-    assert step.gain == pytest.approx(0.15) and step.sigmas == pytest.approx(3.0)
-    assert not difference(stage("sft", 0.5, 0.0), stage("mpo", 0.5, 0.0)).proven
-    assert difference(stage("sft", 0.5, 0.0), stage("mpo", 0.6, 0.0)).proven
+def test_the_same_run_gives_the_same_bytes(run: Path, data: ReportData) -> None:
+    light = [replace(one, trainings=one.trainings[:1]) for one in (data, report.collect(run))]
+    assert report.render(light[0]) == report.render(light[1])
+
+
+# -- words -------------------------------------------------------------------------------------
+
+
+def result(name: str, sampled: float, origin: str | None) -> StageResult:
+    rate = Rate(sampled, sampled - 0.01, sampled + 0.01)
+    info = StageInfo(name, name, "sft", origin=origin)
+    return StageResult(info, Measures(2000, 4, rate, rate, 23.0))
+
+
+def step(before: StageResult, after: StageResult, low: float, high: float) -> Step:
+    gain = Rate((low + high) / 2, low, high)
+    return Step(before.info, after.info, 2000, True, gain, 0.5, gain, 0.5)
+
+
+def test_the_headline_is_as_sober_as_the_numbers(data: ReportData) -> None:
+    a, b, c = result("a", 0.80, None), result("b", 0.82, "a"), result("c", 0.72, "b")
+    line = replace(data, results=[a, b, c], others=[])
+    said = report.headline(replace(line, steps=[step(a, b, -0.01, 0.05), step(b, c, -0.13, -0.07)]))
+    assert said == (
+        "On 2,000 held-out questions, sampled accuracy went from 80.0% (a) to 82.0% (b) to 72.0% "
+        "(c): b shows no difference from a (+2.0 points, -1.0 to +5.0) and c made it worse than b "
+        "(-10.0 points, -13.0 to -7.0)."
+    )
+    up = replace(line, results=[a, b], steps=[step(a, b, 0.01, 0.03)])
+    assert report.headline(up).endswith("to 82.0% (b): a gain whose 95% interval leaves out 0.")
+
+
+def test_the_headline_of_arms_tells_the_highest_and_the_next(data: ReportData) -> None:
+    a, b, c = result("a", 0.5, None), result("b", 0.82, "a"), result("c", 0.81, "a")
+    arms = replace(data, results=[a, b, c], steps=[step(a, b, 0.3, 0.34), step(a, c, 0.29, 0.33)])
+    said = report.headline(replace(arms, others=[step(b, c, -0.03, 0.01)]))
+    assert said == (
+        "Highest on 2,000 held-out questions: b, 82.0% of the sampled answers right, by way of "
+        "50.0% (a): a gain whose 95% interval leaves out 0; over 81.0% (c) it has +1.0 points, "
+        "-1.0 to +3.0, which shows no difference."
+    )
+
+
+def test_the_demo_tells_what_its_control_says(demo: ReportData) -> None:
+    page = report.render(replace(demo, trainings=()))
+    assert "The control, SFT continued on the chosen completions alone" in page
+    assert "It cannot show" in page
 
 
 def test_examples_are_chosen_by_fate_in_file_order() -> None:
-    stages = ["sft", "mpo", "rl"]
-    assert fate([False, True, True], stages) == "right from MPO on"
-    assert fate([True, False, True], stages) == "right from GSPO on"
-    assert fate([True, True, True], stages) == "right throughout"
-    assert fate([False, True, False], stages) == "right once, wrong in the end"
-    assert fate([False, False, False], stages) == "never right"
-    words = fate_words(stages)
+    labels = ["SFT", "MPO", "GSPO"]
+    assert fate([False, True, True], labels) == "right from MPO on"
+    assert fate([True, False, True], labels) == "right from GSPO on"
+    assert fate([True, True, True], labels) == "right throughout"
+    assert fate([False, True, False], labels) == "right once, wrong in the end"
+    assert fate([False, False, False], labels) == "never right"
+    words = fate_words(labels)
     fates = {f"q{index}": words[index % 3] for index in range(20)}
     assert choose_examples(fates, words, 8) == ["q0", "q3", "q6", "q1", "q4", "q7", "q2", "q5"]
     assert len(choose_examples({"a": words[0]}, words, 8)) == 1
@@ -356,22 +445,22 @@ def test_pairs_show_slips_and_other_answers() -> None:
 
 
 def test_words_that_differ_are_marked() -> None:
-    marks = report.mark_words("The red bar is 2. 7 + 2 = 9", "The red bar is 3. 7 + 3 = 10")
+    marks = mark_words("The red bar is 2. 7 + 2 = 9", "The red bar is 3. 7 + 3 = 10")
     assert [text for text, differs in marks if differs] == ["2.", "2", "9"]
     assert " ".join(text for text, _ in marks) == "The red bar is 2. 7 + 2 = 9"
 
 
-def test_the_terminal_table_holds_every_checkpoint(run: Path) -> None:
+def test_the_terminal_table_holds_every_checkpoint(demo: ReportData) -> None:
     from rich.console import Console
 
     console = Console(width=80, force_terminal=False)
     with console.capture() as captured:
-        console.print(stage_table(report.collect(run)))
+        console.print(stage_table(demo))
     lines = captured.get().splitlines()
     assert not any(ELLIPSIS in line for line in lines)
     assert "2,000 held-out questions" in captured.get()
     mpo = next(line for line in lines if "MPO" in line)
-    for text in ("83.5", "78.0 +-0.7", "+45.9 (41.1)", "99.4", "0.0", "74.1", "32 s"):
+    for text in ("83.5", "78.0 +-1.5", "99.0", "0.0", "73.0", "32 s"):
         assert text in mpo
     assert (
         sum(any(name in line for name in ("SFT", "MPO", "Control", "GSPO")) for line in lines) == 5
