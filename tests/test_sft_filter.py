@@ -248,11 +248,13 @@ def test_images_that_are_bytes_become_files(tmp_path: Path) -> None:
     records = [
         row(0, "<image>\nWhat?", "A square.", image={"bytes": image, "path": None}),
         row(1, "<image>\nWhat?", "0" * 99, image={"bytes": image, "path": None}),
+        row(2, "<image>\nWhat?", "Nothing.", image={"bytes": b"no image", "path": None}),
     ]
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "in.parquet")
     out = tmp_path / "out" / "kept.jsonl"
-    assert command("filter", tmp_path / "in.parquet", "--output", out) == 0
-    assert accounted(out, ["s0", "s1"])["rejected"] == ["s1"]
+    assert command("filter", tmp_path / "in.parquet", "--output", out, "--max-bad", 1) == 0
+    found = accounted(out, ["s0", "s1", "s2"])
+    assert (found["rejected"], found["quarantine"]) == (["s1"], ["s2"])
     (kept,), (rejected,) = read(out), beside(out, "rejected.jsonl")
     assert (out.parent / kept["image"]).read_bytes() == image
     assert Path(rejected["image_root"], rejected["row"]["image"]).read_bytes() == image
