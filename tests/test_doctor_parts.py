@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from doctor_cases import RECIPE
+from published import FAMILIES, make_published
 
 from cascade.doctor import environment
 from cascade.doctor.environment import Demand, check_disk, check_limits, check_versions
@@ -26,6 +27,7 @@ from cascade.doctor.facts import (
 )
 from cascade.doctor.findings import Finding
 from cascade.doctor.memory import Device, check_memory, moments
+from cascade.doctor.starts import Checkpoints
 from cascade.recipe import load_recipe
 from internvl.info import count_parameters, read_config
 
@@ -193,3 +195,27 @@ def test_every_code_is_explained() -> None:
         re.findall(r"\*\*([a-z]+\.[a-z0-9-]+)\*\*", (root / "docs/doctor.md").read_text())
     )
     assert explained == used
+
+
+# ---------------------------------------------------------------- published checkpoints
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "qwen3")],
+)
+def test_a_published_checkpoint_is_brought_in_and_sound(tmp_path: Path, family: str) -> None:
+    """Of every published family: its template, tokens, tiles and pixels are no fault."""
+    make_published(tmp_path / "published", family)
+    (tmp_path / "scratch").mkdir()
+    stages = {"base": {"kind": "convert", "source": "published"}, **RECIPE["stages"]}
+    stages["sft"] = {**stages["sft"], "model": "base"}
+    facts = recipe_of(tmp_path, stages=stages, backend="transformers")
+    checkpoints = Checkpoints(facts, quick=False, say=lambda what: None)
+    findings = checkpoints.check()
+    assert [finding for finding in findings if finding.level != "ok"] == []
+    assert checkpoints.main == tmp_path / "scratch" / "base"
+    quick = Checkpoints(facts, quick=True, say=lambda what: None)
+    [found] = quick.check()
+    assert found.found.endswith("looked at no further (--quick)")
+    assert quick.main is None
