@@ -39,6 +39,9 @@ def run_seeds(recipe: Recipe, output: Path, options: RunOptions) -> None:
         from cascade.ablation import write_ablation
 
         print(write_ablation(recipe, output, failed))
+    from cascade.report import write_report
+
+    print(f"the page over all seeds: {write_report(output)}")
     for seed, reason in failed.items():
         print(f"seed {seed} failed: {reason}", file=sys.stderr)
     if failed:
