@@ -80,7 +80,9 @@ def print_rates(title: str, table: Table) -> None:
     console.print(f"\n[bold]{escape(title)}[/bold]", soft_wrap=True, highlight=False)
     drawn = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for number, name in enumerate(columns):
-        drawn.add_column(name, justify="right" if number else "left", no_wrap=number > 0)
+        # a data set's long name goes on in the next line
+        where = "right" if number else "left"
+        drawn.add_column(name, justify=where, no_wrap=number > 0, overflow="fold")
     for row in rows:
         drawn.add_row(*(escape(cell) for cell in row))
     console.print(drawn)
