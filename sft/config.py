@@ -103,6 +103,13 @@ class SFTConfig(StreamArguments, AugmentedArguments):
                 raise UserError("stop_gold_probability is a probability, between 0 and 1")
         super().__post_init__()
 
+    def tiles_of_a_step(self, tokens_of_a_tile: int) -> float:
+        """Tiles of one step of this device, about: half of a pack's tokens are visual."""
+        if not self.packing:
+            return super().tiles_of_a_step(tokens_of_a_tile)
+        half = self.max_tokens_per_microbatch / (2 * tokens_of_a_tile)
+        return self.per_device_train_batch_size * min(half, self.max_tiles_per_microbatch or half)
+
     @property
     def asked_parts(self) -> tuple[str, ...]:
         """The parts that `stage` names: each must be trained."""

@@ -126,9 +126,8 @@ def _quotas(shares: Sequence[float], length: int) -> list[int]:
 
 
 def spans_of(rows: Sequence[Row]) -> list[Span]:
-    """The data sets that rows are of; those that have none in the sequence are left out."""
-    spans = rows.spans() if isinstance(rows, RowSequence) else [Span(range(len(rows)))]
-    return [span for span in spans if len(span.numbers)]
+    """The data sets that rows are of."""
+    return rows.spans() if isinstance(rows, RowSequence) else [Span(range(len(rows)))]
 
 
 def check_weights(found: Mapping[str, float | None], args: SFTConfig) -> dict[str, float]:
@@ -182,6 +181,7 @@ def make_mixture(rows: Sequence[Row], args: SFTConfig, encoder: Encoder) -> Mixt
     parts = [
         Part(span.name or ALL, span.numbers, weights.get(span.name or ALL, len(span.numbers)))
         for span in spans
+        if len(span.numbers)  # repeat_time 0 leaves one out
     ]
     if args.text_ratio is not None:
         parts = _by_ratio(rows, parts, args, encoder)

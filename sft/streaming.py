@@ -101,7 +101,12 @@ class Planner:
 
     def next_step(self) -> StepPlan:
         """The packs of the next step: fewer, or none, at the end of the stream."""
-        start, bad = self._next, []
+        start = self._next
+        packs, bad = self._next_packs()
+        return StepPlan(packs, self._next - start, bad, self.state())
+
+    def _next_packs(self) -> tuple[list[list[Pick]], list[BadRow]]:
+        bad = []
         while len(self._ready) < self._packs and not self._ended:
             place = self._next * self._world_size + self._rank
             if self._stop is not None and place >= self._stop:
@@ -120,13 +125,14 @@ class Planner:
             for piece, (tokens, tiles) in enumerate(pieces):
                 self._take(self._packer.add(Item([place, piece], tokens, tiles)))
         packs, self._ready = self._ready[: self._packs], self._ready[self._packs :]
-        return StepPlan(packs, self._next - start, bad, self.state())
+        return packs, bad
 
     def count_steps(self) -> int:
         """The steps until the stream ends, which it is then at."""
         steps = 0
         while not self.is_over:
-            steps += bool(self.next_step().packs)
+            packs, _ = self._next_packs()
+            steps += bool(packs)
         return steps
 
     def _take(self, packs: Sequence[Pack]) -> None:

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    InternVLProcessor,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from internvl.data import Row, write_json
 from internvl.drop_path import DropPath
@@ -22,7 +28,7 @@ from sft.config import SFTConfig
 from sft.losses import sft_loss, total_weight
 from sft.measuring import with_length
 from sft.streaming import PackLoader
-from sft.training_data import TrainingData
+from sft.training_data import LoadedData, TrainingData
 from training.batches import StepCollator
 from training.late_checks import LateChecks, late_quarantine
 from training.metrics import Metrics
@@ -91,14 +97,31 @@ class StopWhenLearned(TrainerCallback):
 
 
 class SFTTrainer(PackedTrainer):
-    """Supervised fine-tuning of InternVL on conversations (rows of kind "conversation")."""
+    """Supervised fine-tuning of InternVL on conversations (rows of kind "conversation").
+
+    train_dataset, eval_dataset: besides rows also a `datasets.Dataset`, or a list of records, whose
+    fields are those of a JSONL line; they are checked as a file's are. Other arguments:
+    `PackedTrainer`.
+    """
 
     loss_count = "weight"
     completion_value_names = ("sample_length",)
     progress_metrics = ("loss", "eval_gold_probability")
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: nn.Module,
+        args: SFTConfig,
+        train_dataset: Any,
+        processing_class: InternVLProcessor,
+        eval_dataset: Any = None,
+        **kwargs: Any,
+    ):
+        given = LoadedData(args, train_dataset, eval_dataset)
+        super().__init__(
+            model, args, given.train, processing_class, eval_dataset=given.held_out, **kwargs
+        )
+        self.train_dataset, self.eval_dataset = given.usable(self.encoder, self.held_out_encoder)
         self._schedule: CooldownSchedule | None = None
         config = self.sft_args
         self._drop_path: DropPath | None = None

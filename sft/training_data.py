@@ -4,21 +4,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from torch import distributed as dist
 
-from internvl.data import Row
+from internvl.data import Quarantine, Row
+from internvl.data.loaded import LoadedRows, as_rows
 from internvl.encoding import Encoder
 from internvl.errors import UserError
 from internvl.packing import Example
 from sft.accounts import Accounts
 from sft.config import SFTConfig
-from sft.measuring import Measure, measure_all, pack_limits
+from sft.measuring import Measure, checking_encoder, measure_all, pack_limits
 from sft.mixture import Mixture, make_mixture, spans_of
 from sft.packing import Packer
 from sft.streaming import PackCollator, PackLoader, Planner
 from training.batches import StepCollator
 from training.orders import Order, Shuffled
+from training.stage import keep_usable, quarantine_file
+
+
+class LoadedData:
+    """What a program gives the trainer, as rows; those that were loaded by others are checked."""
+
+    def __init__(self, args: SFTConfig, train: Any, held_out: Any):
+        root = Path(args.image_root or ".")
+        self.train = as_rows(train, "conversation", root, "train_dataset")
+        self.held_out = as_rows(held_out, "conversation", root, "eval_dataset")
+        self._args = args
+
+    def usable(
+        self, encoder: Encoder, held_out_encoder: Encoder
+    ) -> tuple[Sequence[Row] | None, Sequence[Row] | None]:
+        """The rows to train on and to evaluate on, bad ones put aside."""
+        args = self._args
+        train = self.train
+        if args.check_rows == "before":
+            train = self._checked(train, checking_encoder(args, encoder), "train_dataset")
+        return train, self._checked(self.held_out, held_out_encoder, "eval_dataset")
+
+    def _checked(
+        self, rows: Sequence[Row] | None, encoder: Encoder, name: str
+    ) -> Sequence[Row] | None:
+        if not isinstance(rows, LoadedRows):
+            return rows  # read_rows and usable_rows have seen to it
+        args = self._args
+        file = quarantine_file(args) if args.process_index == 0 else None
+        if file is not None and name == "train_dataset":
+            file.unlink(missing_ok=True)  # the rows are looked at anew, and put aside anew
+        quarantine = Quarantine(file, args.max_bad)
+        return keep_usable(rows, "conversation", args, encoder, quarantine, name=name)
 
 
 class TrainingData:

@@ -21,7 +21,8 @@ from two_ranks import CASES, IMAGES, WORLD, Case
 
 pytestmark = pytest.mark.xdist_group("ranks")  # in one test process, so that it is one start
 QUICK = ["mpo-uneven-last", "sft-empty-last", "fsdp-no-sync"]
-SLOW = [name for name in CASES if name not in QUICK]
+ELSEWHERE = ["sft-packed"]  # which samples share a step depends on the ranks: test_sft_packed.py
+SLOW = [name for name in CASES if name not in QUICK + ELSEWHERE]
 Start = tuple[Path, dict[str, list[dict[str, Any]]]]
 
 

@@ -186,6 +186,7 @@ def test_by_size_and_repeats(folder: Path) -> None:
     assert [(span.name, span.numbers) for span in spans_of(rows)] == [
         ("charts", range(24)),
         ("text", range(24, 32)),
+        ("films", range(32, 32)),
     ]
     _, replaced = mixture_of(meta, mixture_replacement=True)
     assert list(replaced.describe()) == [
@@ -351,25 +352,25 @@ def test_a_run_draws_the_mixture_and_says_so(
     """The steps' rows are the mixture's; what was drawn is logged, and told at the end."""
     meta = write_meta(folder, charts={"weight": 1}, text={"weight": 3}, films={"weight": 1})
     rows, mixture = mixture_of(meta, mixture="weights")
-    changes = {"mixture": "weights", "per_device_train_batch_size": 10, "num_train_epochs": 2}
-    changes |= {"train_file": str(meta), "max_tiles": 6}
+    changes = {"mixture": "weights", "per_device_train_batch_size": 13, "num_train_epochs": 1}
+    changes |= {"train_file": str(meta), "max_tiles": 1}
     recorded = train("sft", tiny_model, tmp_path, rows, **changes)
-    assert recorded.rows == [rows[mixture[place]].data["id"] for place in range(50)]
-    assert len(recorded.losses) == 6
+    assert recorded.rows == [rows[mixture[place]].data["id"] for place in range(25)]
+    assert len(recorded.losses) == 2
     logged = recorded.logs[0]
-    first = Counter(rows[mixture[place]].data_set for place in range(10))
+    first = Counter(rows[mixture[place]].data_set for place in range(13))
     assert {k: v for k, v in logged.items() if k.startswith("mixture/")} == {
-        **{f"mixture/{name}": first[name] / 10 for name in SIZES},
-        "mixture/text_samples": first["text"] / 10,
+        **{f"mixture/{name}": first[name] / 13 for name in SIZES},
+        "mixture/text_samples": first["text"] / 13,
         "mixture/text_tokens": pytest.approx(logged["mixture/text_tokens"]),
     }
-    assert 0 < logged["mixture/text_tokens"] < first["text"] / 10  # text is shorter
+    assert 0 < logged["mixture/text_tokens"] < first["text"] / 13  # text is shorter
     told = list(recorded.trainer._accounts.describe())
-    assert told[0].startswith("drawn: 50 samples, ") and "60.0% of the samples" in told[0]
+    assert told[0].startswith("drawn: 25 samples, ") and "60.0% of the samples" in told[0]
     assert [line.split(" tokens")[0].rsplit(",", 1)[0] for line in told[1:]] == [
-        "  charts: 10 samples (20.0%)",
-        "  text: 30 samples (60.0%)",
-        "  films: 10 samples (20.0%)",
+        "  charts: 5 samples (20.0%)",
+        "  text: 15 samples (60.0%)",
+        "  films: 5 samples (20.0%)",
     ]
     assert "mixture: 25 samples an epoch, without replacement" in capsys.readouterr().out
 

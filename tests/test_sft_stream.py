@@ -265,6 +265,7 @@ def check(run: Streamed, reference: Streamed) -> None:
         assert run.encoded() == sorted(left)
 
 
+@pytest.mark.slow
 def test_packs_killed_in_the_middle_of_an_epoch(
     make: Callable[..., Streamed], uninterrupted: Callable[..., Streamed]
 ) -> None:

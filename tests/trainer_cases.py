@@ -252,7 +252,8 @@ class Recorded:
 
     gradients: of every trainable parameter, as the optimizer saw them. weights: before the step.
     rows: ids of the rows that this rank trained on, in order. microbatches: how many of its own it
-    had. old_logprobs: GSPO's, one entry a micro-batch. delta: BCO's at the end.
+    had; samples: how many examples were in them. old_logprobs: GSPO's, one entry a micro-batch.
+    delta: BCO's at the end.
     """
 
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
@@ -262,6 +263,7 @@ class Recorded:
     logs: list[dict[str, float]] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
     microbatches: list[int] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
     old_logprobs: list[Tensor] = field(default_factory=list)
     evaluation: dict[str, float] = field(default_factory=dict)
     delta: float = math.nan
@@ -296,7 +298,9 @@ def _watched(kind: type[PackedTrainer], recorded: Recorded) -> Any:
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             loss = super().training_step(model, inputs, num_items_in_batch)
             recorded.losses.append(float(loss))
-            recorded.microbatches.append(len(inputs["step"].microbatches))
+            microbatches = inputs["step"].microbatches
+            recorded.microbatches.append(len(microbatches))
+            recorded.samples.append(sum(len(batch.example_index) for batch in microbatches))
             return loss
 
     return Watched

@@ -94,6 +94,8 @@ TOKEN = {
     "freeze_vit": True,
 }
 AUGMENTED = {"loss_average": "sample", "vit_drop_path": 0.5, "jpeg_quality": [20, 40]}
+# three steps of up to two packs a rank; weights that do not move, so that each step stands alone
+PACKED = {"packing": True, "max_tokens_per_microbatch": 250, "learning_rate": 0.0}
 UNEVEN = ([3, 3], [3, 1])
 EMPTY = ([3, 2], [3, 0])
 CASES = {
@@ -106,6 +108,7 @@ CASES = {
     "sft-empty-last": Case("sft", 8, 3, EMPTY, {"num_train_epochs": 2}),
     "sft-augmented": Case("sft", 10, 3, UNEVEN, AUGMENTED),
     "sft-frozen": Case("sft", 8, 3, EMPTY, {"freeze_vit": True, "freeze_projector": True}),
+    "sft-packed": Case("sft", 15, 2, ([], []), PACKED),
     "rl": Case("rl", 6, 2, ([2] * 4, [2] * 4), {**RL, "steps_per_generation": 2}),
     "rl-token": Case("rl", 6, 2, ([2] * 4, [2] * 4), {**RL, **TOKEN, "steps_per_generation": 2}),
     "fsdp": Case("mpo", 8, 3, EMPTY, fsdp="layers"),

@@ -239,6 +239,10 @@ class PackedTrainingArguments(TrainingArguments):
         """A reference's copies of what is trained."""
         return Copies()
 
+    def tiles_of_a_step(self, tokens_of_a_tile: int) -> float:
+        """Tiles of one step of this device, about: an example has half of max_tiles."""
+        return self.per_device_train_batch_size * self.max_tiles / 2
+
     @property
     def asked_parts(self) -> tuple[str, ...]:
         """Parts, as options call them, of which an adapter, too, must train something."""

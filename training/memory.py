@@ -96,11 +96,11 @@ def work_of(config: Any, args: PackedTrainingArguments, counts: dict[str, Count]
 def loader_bytes(config: Any, args: PackedTrainingArguments) -> int:
     """Bytes of the uint8 tiles of the steps that the data loader has ready.
 
-    Each of its workers is two steps ahead; an example has half of max_tiles.
+    Each of its workers is two steps ahead.
     """
     height, width = config.vision_config.image_size
     steps = 1 + 2 * args.dataloader_num_workers
-    return steps * args.per_device_train_batch_size * args.max_tiles * 3 * height * width // 2
+    return int(steps * args.tiles_of_a_step(config.image_seq_length) * 3 * height * width)
 
 
 def device_room(device: torch.device) -> Room | None:

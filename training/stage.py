@@ -77,20 +77,44 @@ class Stage:
             refuse_unaugmented(self.args, file, rows)
         if not checked:
             return rows
-        good = usable_rows(
-            rows,
-            encoder or self.encoder,
-            kind,
-            quarantine,
-            quiet=quiet,
-            room=room,
-            record_fault=record_fault,
-            known_folder=Path(self.args.output_dir or "") / "checked_rows",
-            ranks=Ranks(self.args.process_index, self.args.world_size, gather_by_number),
+        faults = {"room": room, "record_fault": record_fault}
+        return keep_usable(
+            rows, kind, self.args, encoder or self.encoder, quarantine, name=file, **faults
         )
-        if quarantine.count and first:
-            print(f"{file}: {quarantine.count} bad rows so far, see {quarantine.path}")
-        return good
+
+
+def keep_usable(
+    rows: Sequence[Row],
+    kind: Kind,
+    args: PackedTrainingArguments,
+    encoder: Encoder,
+    quarantine: Quarantine,
+    *,
+    name: str,
+    **faults: Any,
+) -> Sequence[Row]:
+    """The rows that can be trained on, checked by all ranks; the others go to the quarantine.
+
+    name: what the rows are called in what is printed. faults: see `usable_rows`.
+    """
+    first = args.process_index == 0
+    good = usable_rows(
+        *(rows, encoder, kind, quarantine),
+        quiet=bool(args.disable_tqdm) or not first,
+        known_folder=Path(args.output_dir or "") / "checked_rows",
+        ranks=Ranks(args.process_index, args.world_size, gather_by_number),
+        **faults,
+    )
+    if quarantine.count and first:
+        print(f"{name}: {quarantine.count} bad rows so far, see {quarantine.path}")
+    return good
+
+
+def quarantine_file(args: PackedTrainingArguments) -> Path:
+    """Where rows go that are found bad before the first step."""
+    if args.quarantine_file:
+        return Path(args.quarantine_file)
+    return Path(args.output_dir or "") / "quarantine.jsonl"
 
 
 def refuse_unaugmented(args: PackedTrainingArguments, file: str, rows: Rows) -> None:
@@ -142,7 +166,7 @@ def open_stage(model_args: ModelArguments, args: PackedTrainingArguments) -> Sta
     if limit > own:
         raise UserError(f"max_length is {limit}, over the model's own limit of {own} tokens")
     output_dir = Path(args.output_dir or "")
-    path = Path(args.quarantine_file) if args.quarantine_file else output_dir / "quarantine.jsonl"
+    path = quarantine_file(args)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
