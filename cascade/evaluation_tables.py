@@ -81,8 +81,10 @@ def print_rates(title: str, table: Table) -> None:
     drawn = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for number, name in enumerate(columns):
         # a data set's long name goes on in the next line
-        where = "right" if number else "left"
-        drawn.add_column(name, justify=where, no_wrap=number > 0, overflow="fold")
+        if number:
+            drawn.add_column(name, justify="right", no_wrap=True)
+        else:
+            drawn.add_column(name, overflow="fold")
     for row in rows:
         drawn.add_row(*(escape(cell) for cell in row))
     console.print(drawn)
