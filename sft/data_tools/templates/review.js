@@ -59,7 +59,8 @@
     box(card).addEventListener("change", () => { unsaved = true; count(); });
     for (const text of card.querySelectorAll(".turn .t")) {
       const first = text.querySelector("mark");
-      if (first) text.scrollTop = first.offsetTop - 40;
+      // only where it is out of sight: a text that is cut at its top reads as broken
+      if (first && first.offsetTop > text.clientHeight - 40) text.scrollTop = first.offsetTop - 40;
     }
   }
   save.addEventListener("click", () => {
