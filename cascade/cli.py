@@ -11,6 +11,7 @@ from cascade.compare_command import COMMAND as COMPARE
 from cascade.doctor.command import COMMAND as DOCTOR
 from cascade.evaluate_command import COMMAND as EVALUATE
 from cascade.run_command import COMMAND as RUN
+from cascade.split import COMMAND as SPLIT
 from internvl.errors import UserError
 from internvl.terminal import Command, command_parser, run_command
 
@@ -110,6 +111,7 @@ _COMMANDS = (
     COMPARE,
     Command("report", "the page of a run", _add_report, _report),
     DOCTOR,
+    SPLIT,
     Command("world", "the demo's world and its untrained model", _add_world, _world),
 )
 

@@ -378,7 +378,8 @@ def _holds_images(questions: Path) -> bool:
     """Whether the images of a table of questions are bytes in it."""
     if not questions.exists() and "*" not in questions.name:
         return False  # it is said before anything starts
-    record, _ = open_source(questions, quiet=True).read(0)
+    source = open_source(questions, quiet=True)
+    record = source.read(0)[0] if len(source) else None  # an empty one is told when it is read
     if not isinstance(record, dict):
         return False
     images = next((record[name] for name in _IMAGES if record.get(name)), None)

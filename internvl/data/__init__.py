@@ -5,9 +5,9 @@
                   `--- quarantine.jsonl: {"file", "line", "reason", "row"} ---'
 
 Read are JSONL (one object a line), MMPR's `meta.json`, parquet files (one, `folder/name*.parquet`,
-or a folder of them), folders made by `datasets.save_to_disk`, and VLMEvalKit's TSV benchmarks (see
-benchmarks); the columns are named like the fields. Fields that are not named here are kept and
-passed through.
+or a folder of them), folders made by `datasets.save_to_disk`, CSV (see csv_tables), and
+VLMEvalKit's TSV benchmarks (see benchmarks); the columns are named like the fields. Fields that are
+not named here are kept and passed through.
 
     question      {"id": "q7", "image": "a.png", "question": "<image>\\nHow many?", "answer": "3"}
     rollout       question + {"sample": 0, "completion": "...", "token_ids": [...], ...}
@@ -26,9 +26,8 @@ passed through.
     history       of a pair: the turns before its question, as in a conversation
 
 The modules behind it: records (what a record must hold), preferences (TRL's rows), rows (a record
-with its pictures),
-sources (files), lines, tables and benchmarks (records by number), rowsets, checks, quarantine, exports and
-jsonl (writing).
+with its pictures), sources (files), lines, tables, csv_tables and benchmarks (records by number),
+rowsets, checks, quarantine, exports and jsonl (writing).
 """
 
 from internvl.data.checks import check_images as check_images

@@ -29,20 +29,20 @@ import ast
 import base64
 import binascii
 import csv
-import io
 import re
 import string
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from internvl.data.delimited import DelimitedTable
 from internvl.data.records import IMAGE_PLACEHOLDER
-from internvl.errors import DataError
 
 LETTERS = string.ascii_uppercase
 CHOOSE = "Please select the correct answer from the options above."
+_EXAMPLE = (
+    "a table as VLMEvalKit's: index, image, question, A, B, .., answer, separated by tabs (a plain "
+    "one of image, question, answer is named *.csv)"
+)
 _INDEX_LENGTH = 64  # an `image` cell up to here names another row: VLMEvalKit's rule
 _IMAGE_NUMBER = re.compile(r"<image (\d{1,3})>")
 _DATA_URI = re.compile(r"data:image/[\w.+-]{1,20};base64,")
@@ -51,15 +51,7 @@ _EMPTY = {"", "nan", "NaN"}
 _NO_TEXT = _EMPTY | {"None", "null", "NULL", "NA", "N/A", "<NA>"}  # of a cell that holds no answer
 
 
-class _Place(NamedTuple):
-    """Where a row stands in the file. line: its first one, from 1."""
-
-    start: int
-    stop: int
-    line: int
-
-
-class BenchmarkTable:
+class BenchmarkTable(DelimitedTable):
     """The questions of a TSV file by number from 0; see `internvl.data.sources.Source`.
 
     Raises `DataError` for a file whose header has no `index` and `question`.
@@ -68,29 +60,14 @@ class BenchmarkTable:
     image_in_front = True
 
     def __init__(self, path: Path):
-        self.path = path
         self.name = path.stem.removesuffix("_local")
-        self._columns: list[str] = []
-        self._places: list[_Place] = []
         self._numbers: dict[str, int] = {}  # of an index, the number of its first row
-        with _whole_fields():
-            self._find_rows()
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def origin(self, index: int) -> tuple[Path, int]:
-        """A row's file and its first line."""
-        return self.path, self._places[index].line
-
-    def files(self) -> list[Path]:
-        """The one file."""
-        return [self.path]
+        super().__init__(path, "\t", needed=("index", "question"), example=_EXAMPLE)
 
     def read(self, index: int) -> tuple[Any, str | None]:
         """A question by its number; see `Source`."""
         try:
-            cells = self._cells(index)
+            cells = self.cells(index)
         except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
             return {}, f"not a row of the table: {error}"
         try:
@@ -99,53 +76,9 @@ class BenchmarkTable:
             shown = {name: cell[:200] for name, cell in cells.items() if cell}
             return shown, str(error)
 
-    def _find_rows(self) -> None:
-        with self.path.open("rb") as file:
-            lines = _Lines(file)
-            reader = csv.reader(lines, delimiter="\t", strict=True)
-            try:
-                self._columns = [name.strip() for name in next(reader, [])]
-            except csv.Error as error:
-                raise DataError(f"{self.path}: its header cannot be read: {error}") from None
-            if missing := [name for name in ("index", "question") if name not in self._columns]:
-                raise DataError(
-                    f"{self.path}: no column {missing[0]!r}; expected a table as VLMEvalKit's: "
-                    "index, image, question, A, B, .., answer, separated by tabs"
-                )
-            place = self._columns.index("index")
-            while True:
-                start, line = lines.position, lines.number + 1
-                try:
-                    cells = next(reader)
-                except StopIteration:
-                    return
-                except csv.Error:
-                    cells = ["broken"]  # found again, and told, when the row is read
-                if not cells:
-                    continue  # a blank line
-                if len(cells) == len(self._columns):
-                    self._numbers.setdefault(cells[place].strip(), len(self._places))
-                elif lines.number > line:
-                    # an open quote has swallowed rows: only its own line is lost
-                    lines.back_to(start, line)
-                    reader = csv.reader(lines, delimiter="\t", strict=True)
-                self._places.append(_Place(start, lines.position, line))
-
-    def _cells(self, index: int) -> dict[str, str]:
-        """A row's cells by column. Raises csv.Error or ValueError for a row that is none."""
-        place = self._places[index]
-        with self.path.open("rb") as file:
-            file.seek(place.start)
-            raw = file.read(place.stop - place.start)
-        with _whole_fields():
-            # newline="": a line break inside a cell stays what it is
-            rows = list(
-                csv.reader(io.StringIO(raw.decode(), newline=""), delimiter="\t", strict=True)
-            )
-        if len(rows) != 1 or len(rows[0]) != len(self._columns):
-            found = len(rows[0]) if rows else 0
-            raise ValueError(f"{found} cells, expected {len(self._columns)}")
-        return dict(zip(self._columns, rows[0], strict=True))
+    def found(self, number: int, cells: dict[str, str]) -> None:
+        """Remember a row by its index: another may name it as the holder of its image."""
+        self._numbers.setdefault(cells["index"].strip(), number)
 
     def _record(self, cells: dict[str, str]) -> dict[str, Any]:
         """A row as a question. Raises ValueError for what makes it none."""
@@ -193,7 +126,7 @@ class BenchmarkTable:
         if index not in self._numbers:
             raise ValueError(f"column 'image' names row {index!r}, which is not in the file")
         try:
-            cell = self._cells(self._numbers[index])["image"].strip()
+            cell = self.cells(self._numbers[index])["image"].strip()
         except (ValueError, csv.Error) as error:
             raise ValueError(
                 f"column 'image' names row {index!r}, which is none: {error}"
@@ -204,48 +137,6 @@ class BenchmarkTable:
 
 
 _TAKEN = {"index", "image", "image_path", "question", "hint", "answer", *LETTERS}
-
-
-class _Lines:
-    """The lines of a file as texts for csv.reader, which asks for no more than a row needs.
-
-    position: bytes handed out. number: lines handed out. What is no UTF-8 becomes surrogates here
-    and is told where the row is read.
-    """
-
-    def __init__(self, file: io.BufferedReader):
-        self._file = file
-        self.position = 0
-        self.number = 0
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def back_to(self, start: int, line: int) -> None:
-        """Go on behind the line that starts at a byte."""
-        self._file.seek(start)
-        self.position, self.number = start + len(self._file.readline()), line
-
-    def __next__(self) -> str:
-        raw = self._file.readline()
-        if not raw:
-            raise StopIteration
-        text = raw.decode("utf-8", "surrogateescape")
-        if not self.position:
-            text = text.removeprefix("\ufeff")
-        self.position += len(raw)
-        self.number += 1
-        return text
-
-
-@contextmanager
-def _whole_fields() -> Iterator[None]:
-    """Let csv read a cell of any length: an image is longer than its limit, which is a global."""
-    before = csv.field_size_limit(sys.maxsize)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
 
 
 def _options(cells: dict[str, str]) -> list[str]:

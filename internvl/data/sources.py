@@ -1,4 +1,4 @@
-"""Where rows come from: JSONL, parquet, saved data sets and TSV, alone or in a `meta.json`."""
+"""Where rows come from: JSONL, CSV, parquet, saved data sets and TSV, alone or in a `meta.json`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from internvl.data.benchmarks import BenchmarkTable
 from internvl.data.cache import CACHED_FROM
+from internvl.data.csv_tables import CsvTable
 from internvl.data.lines import Lines, open_lines
 from internvl.data.records import implies_placeholder
 from internvl.data.tables import Table, open_tables
@@ -166,7 +167,7 @@ def input_folder(path: Path) -> Path:
 
 
 def open_source(path: Path, *, cached_from: int = CACHED_FROM, quiet: bool = False) -> Source:
-    """The records of a JSONL file, parquet files, a saved data set or a benchmark's TSV.
+    """The records of a JSONL or CSV file, parquet files, a saved data set or a benchmark's TSV.
 
     cached_from: see `open_lines` and `open_tables`. quiet: no progress bars.
     """
@@ -178,6 +179,8 @@ def open_source(path: Path, *, cached_from: int = CACHED_FROM, quiet: bool = Fal
     _refuse_other_files(path)
     if path.suffix == ".tsv":
         return BenchmarkTable(path)
+    if path.suffix == ".csv":
+        return CsvTable(path)
     return JsonLines(path, open_lines(path, cached_from=cached_from, quiet=quiet))
 
 
