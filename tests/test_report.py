@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -182,6 +183,16 @@ def test_rollouts_and_the_same_questions_before_and_after(run: Path, data: Repor
     # SFT's and MPO's model were asked the same questions for pairs and for the selection
     assert changes["mpo"].source == "rollouts of pairs and select"
     assert (changes["mpo"].before, changes["mpo"].after) == (pairs.right, select.right)
+    right = [
+        Counter(row["dataset"] + row["id"] for row in map(json.loads, path.open())
+                if row["outcome"] == "correct")
+        for path in (run / "stages/pairs/verdicts.jsonl", run / "stages/select/verdicts.jsonl")
+    ]  # fmt: skip
+    keys = {row["dataset"] + row["id"] for row in rows}
+    gains = [right[1][key] - right[0][key] for key in keys]
+    assert changes["mpo"].up == sum(gain > 0 for gain in gains)
+    assert changes["mpo"].down == sum(gain < 0 for gain in gains)
+    assert 0 in gains
     assert changes["rl"].source == "samples of the evaluation"
     assert len(changes["rl"].before) == 5 and changes["rl"].n == 30
     assert changes["rl"].up + changes["rl"].down <= 30
