@@ -143,12 +143,16 @@ class Driver:
         if decision.action in ("skip", "leave"):
             if decision.action == "skip":
                 print(f"== {stage.name}: {decision.why}, not run again")
+                if stage.gate is not None:
+                    self._finish_background()  # the gate may look at what it writes
                 self._check_gate(stage)
             return
         if self._failed is not None:
             raise self._failed
         if self._behind is not None and (
-            stage.background or self._behind.stage.name in stage.needs
+            stage.background
+            or stage.gate is not None  # it looks at an earlier evaluation, too
+            or self._behind.stage.name in stage.needs
         ):
             self._finish_background()
         record = self._prepare(stage, decision, keys)

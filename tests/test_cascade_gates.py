@@ -62,6 +62,19 @@ def test_a_gate_that_closes_beside_the_next_stage(
     assert play.records()["rl"]["starts"] == 2
 
 
+def test_a_gate_waits_for_the_evaluation_that_it_compares_with(play: Play) -> None:
+    """The last evaluation is not in the background; the one before it may be slower."""
+    play.told(seconds={"evaluate.mpo": 2})
+    play.run("--overlap=on", recipe=GATED)
+    assert play.calls() == ALL
+    # the gate of a stage that is done, against one that is evaluated anew
+    stages = {**GATED["stages"], "rl": {**GATED["stages"]["rl"], "gate": {"against": "sft"}}}
+    sft = {**stages["sft"], "evaluate": {"samples": 9}}
+    play.told(seconds={"evaluate.sft": 2})
+    play.run("--overlap=on", recipe={**GATED, "stages": {**stages, "sft": sft}})
+    assert play.calls() == ["evaluate.sft"]
+
+
 def test_a_metric_that_is_none(play: Play, capsys: pytest.CaptureFixture[str]) -> None:
     said = ended(2, lambda: play.run(recipe={**GATED, "gate": {"metric": "gredy"}}), capsys)
     assert "metrics.json has no number 'gredy'; there are: greedy, greedy_se, sampled," in said
