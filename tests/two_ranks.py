@@ -94,7 +94,7 @@ TOKEN = {
     "freeze_vit": True,
 }
 AUGMENTED = {"loss_average": "sample", "vit_drop_path": 0.5, "jpeg_quality": [20, 40]}
-# three steps of up to two packs a rank; weights that do not move, so that each step stands alone
+# steps of up to two packs a rank; weights that do not move, so that each step stands alone
 PACKED = {"packing": True, "max_tokens_per_microbatch": 250, "learning_rate": 0.0}
 UNEVEN = ([3, 3], [3, 1])
 EMPTY = ([3, 2], [3, 0])
