@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cascade.recipe import Recipe, StageSpec
-from cascade.recipe_stage import OUTPUT_PATHS, Place, places_of
+from cascade.recipe_stage import OUTPUT_PATHS, ROOTS, Place, places_of
 from internvl.data.cache import cached_file
 from internvl.errors import UserError
 
@@ -60,11 +60,8 @@ def input_paths(places: Sequence[tuple[str, Place]]) -> tuple[Path, ...]:
     return tuple(
         place.path
         for key, place in places
-        if place.stage is None and key.rpartition(".")[2] not in (*OUTPUT_PATHS, *_ROOTS)
+        if place.stage is None and key.rpartition(".")[2] not in (*OUTPUT_PATHS, *ROOTS)
     )
-
-
-_ROOTS = ("image-root", "image_root")
 
 
 def _is_there(path: Path) -> bool:

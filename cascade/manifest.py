@@ -36,8 +36,11 @@ class Manifest:
         }
         if not path.is_file():
             return
-        found = json.loads(path.read_text(encoding="utf-8"))
         instead = "choose another --output, or remove the folder"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} cannot be read: {error}; {instead}") from None
         if found.get("format") != FORMAT:
             raise UserError(f"{path.parent} holds the run of another version of cascade; {instead}")
         if (found["seed"], found["recipe"]) != (seed, recipe):

@@ -138,7 +138,8 @@ class _Planner:
         self.made.append(
             Stage(
                 name=name, command=["-m", *command], folder=folder, needs=tuple(found),
-                stage=spec.name, kind=kind, inputs=input_paths(places), **more,
+                stage=spec.name, kind=kind, inputs=input_paths(places),
+                home=self.recipe.file.parent, **more,
             )
         )  # fmt: skip
 

@@ -33,6 +33,7 @@ OUTPUT_PATHS = (
     *("quarantine_file", "reference_cache_dir", "server_weights_dir"),
     *("judge-cache", "judge_cache"),
 )
+ROOTS = ("image-root", "image_root")  # folders of images, which nobody reads whole
 # what a run says itself, and where it is said in the recipe
 _SAID = {
     "model_name_or_path": "model",

@@ -51,15 +51,15 @@ def run_seed(recipe: Recipe, run: Path, seed: int, options: RunOptions) -> None:
     """
     stages = plan(recipe, run, seed, backend=options.backend, extra=options.extra)
     _check_inputs(recipe, options.extra)
-    manifest = Manifest(run / "manifest.json", seed, recipe.name)
     choice = _choice(stages, options)
-    driver = Driver(
-        manifest,
-        can_overlap=_overlap(recipe, options),
-        env=recipe.environment,
-        gates=options.gates,
-    )
-    with run_lock(run) as lock:
+    with run_lock(run) as lock:  # before the manifest is read: another driver may write it
+        manifest = Manifest(run / "manifest.json", seed, recipe.name)
+        driver = Driver(
+            manifest,
+            can_overlap=_overlap(recipe, options),
+            env=recipe.environment,
+            gates=options.gates,
+        )
         _check_options(recipe, stages, manifest, driver.env)
         _note_what_runs(recipe, run, manifest)
         if options.start is not None:

@@ -4,13 +4,15 @@ A process has a key: the hash of its command, its configuration, its inputs' con
 of the processes it needs. One that is finished with the same key is not run again; with another key
 its folder is emptied and it runs anew, and so does all that needs it. One that was killed has its
 key in the manifest without `done`: its folder is kept, and the command itself goes on where it was.
-The run's own folder and the inputs' places are no part of a key, so a run may be moved.
+The run's own folder and the inputs' places are no part of a key, so a run may be moved; folders of
+images count by their way from the recipe's folder, so it may be started from any other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cascade.manifest import Manifest
+from cascade.recipe_stage import OUTPUT_PATHS, ROOTS
 from internvl.errors import UserError
 
 
@@ -29,8 +32,9 @@ class Stage:
     config: options written to `config_file` before the start. needs: names of the processes whose
     results it reads. background: nothing soon needs it. stage, kind: the recipe's stage that it
     is a part of, and what it does there. inputs: files whose content decides. owns: what is removed
-    before it runs anew; None: the whole folder. salt: what else decides. gate: called when it is
-    done; raises where the run must not go on.
+    before it runs anew; None: the whole folder. salt: what else decides. home: the folder that
+    paths of the recipe start from. gate: called when it is done; raises where the run must not go
+    on.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Stage:
     inputs: tuple[Path, ...] = ()
     owns: tuple[Path, ...] | None = None
     salt: str = ""
+    home: Path = Path()
     gate: Callable[[], None] | None = field(default=None, compare=False)
 
     @cached_property
@@ -56,7 +61,7 @@ class Stage:
 
     def key(self, run: Path, keys: Mapping[str, str]) -> str:
         """The hash that stands for this process's result."""
-        plain = _Plain(run, self.digests)
+        plain = _Plain(run, self.home, self.digests)
         material: list[Any] = [plain.of(self.command), plain.of(self.config)]
         material += [[keys[name] for name in self.needs], sorted(self.digests.values()), self.salt]
         return hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()[:16]
@@ -65,20 +70,31 @@ class Stage:
 class _Plain:
     """Values with the run's folder and the inputs' places taken out."""
 
-    def __init__(self, run: Path, digests: Mapping[str, str]):
-        self.run, self.digests = str(run), digests
+    def __init__(self, run: Path, home: Path, digests: Mapping[str, str]):
+        self.run, self.home, self.digests = str(run), home, digests
 
-    def of(self, value: Any) -> Any:
+    def of(self, value: Any, option: str = "") -> Any:
+        """A value as it stands in a key; option: the one whose value it is."""
         if isinstance(value, list):
-            return [self.of(item) for item in value]
+            before = [option, *value]
+            return [self.of(item, str(word)) for word, item in zip(before, value, strict=False)]
         if isinstance(value, dict):
-            return {key: self.of(item) for key, item in value.items()}
+            return {key: self.of(item, key) for key, item in value.items()}
         if not isinstance(value, str):
             return value
         if value in self.digests:
             return f"sha256:{self.digests[value]}"
-        inside = value == self.run or value.startswith(f"{self.run}/")
-        return "{run}" + value[len(self.run) :] if inside else value
+        if value == self.run or value.startswith(f"{self.run}/"):
+            return "{run}" + value[len(self.run) :]
+        return self._from_home(value) if option.removeprefix("--") in _NOT_READ else value
+
+    def _from_home(self, value: str) -> str:
+        """A path whose content is not looked at: the same from wherever a run is started."""
+        way = os.path.relpath(value, self.home)
+        return os.path.abspath(value) if way.split(os.sep)[0] == os.pardir else f"./{way}"
+
+
+_NOT_READ = (*ROOTS, *OUTPUT_PATHS)
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,7 @@ def decide(
     """What a start does with each process, and their keys.
 
     Raises `UserError` where a process that is asked for needs one that is neither asked for nor
-    done.
+    done, and where its folder holds what no run is known to have made.
     """
     keys: dict[str, str] = {}
     running: set[str] = set()
@@ -126,11 +142,24 @@ def decide(
         for need in stage.needs:
             if need not in keys:
                 raise UserError(f"{stage.name} needs {need}, which has not been run to its end")
+        if record is None:
+            _refuse_others(stage, manifest)
         key = keys[stage.name] = stage.key(run, keys)
         decisions.append(_decision(stage, record, key, keys, running))
         if decisions[-1].action in ("start", "resume"):
             running.add(stage.name)
     return decisions, keys
+
+
+def _refuse_others(stage: Stage, manifest: Manifest) -> None:
+    """A folder is emptied before a process starts: not one that this run did not make."""
+    if stage.owns is not None or any(r["stage"] == stage.stage for r in manifest.data["stages"]):
+        return
+    if stage.folder.is_dir() and any(stage.folder.iterdir()):
+        raise UserError(
+            f"{stage.folder} is there, {manifest.path} does not know it, and {stage.name} would "
+            "empty it; move it away, or choose another --output"
+        )
 
 
 def _decision(

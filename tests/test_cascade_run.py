@@ -14,11 +14,13 @@ import pytest
 import yaml
 from play_runs import ALL, RECIPE, Play, changed, ended, play, played
 
+import cascade.run
 from cascade.check_options import Checked
+from cascade.cli import main
 from cascade.driver import Driver
 from cascade.inputs import digest_input
 from cascade.manifest import Manifest
-from cascade.stages import Stage
+from cascade.stages import Choice, Stage
 from internvl.errors import UserError
 
 __all__ = ["play"]  # a fixture
@@ -77,6 +79,63 @@ def test_a_lost_folder_is_made_again(play: Play) -> None:
     shutil.rmtree(play.folder / "stages" / "mpo")
     play.run()
     assert play.calls() == ["mpo"]
+
+
+def test_a_run_goes_on_from_another_folder(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders of images count by their way from the recipe, inside it or not."""
+    (play.root / "here").mkdir()
+    images = play.root / "images"
+    stages = {**RECIPE["stages"], "pairs": {**RECIPE["stages"]["pairs"], "image-root": "images"}}
+    play.write({**RECIPE, "stages": stages})
+    images.mkdir()
+
+    def run(folder: Path, file: str, *words: str) -> list[str]:
+        monkeypatch.chdir(folder)
+        main(["run", file, f"--output={play.folder}", *words])
+        return play.calls()
+
+    assert run(play.root, "r.yaml") == ALL
+    assert run(play.root / "here", "../r.yaml") == []
+    assert run(play.root / "here", f"{play.root}/r.yaml") == []
+    stages["pairs"] = {**stages["pairs"], "image-root": "here"}
+    play.write({**RECIPE, "stages": stages})
+    assert run(play.root, "r.yaml") == ALL[2:]
+
+
+def test_a_folder_of_others_is_not_emptied(play: Play, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = play.folder / "stages" / "mpo" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    said = ended(2, play.run, capsys)
+    assert said == (
+        f"error: {mine.parent} is there, {play.folder}/manifest.json does not know it, and mpo "
+        "would empty it; move it away, or choose another --output\n"
+    )
+    assert mine.exists()
+    assert play.calls() == []
+    mine.unlink()
+    play.run()
+    assert play.calls() == ALL
+
+
+def test_the_manifest_is_read_under_the_lock(
+    play: Play, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another driver wrote until then is known."""
+
+    choice = cascade.run._choice
+
+    def late(*asked: Any) -> Choice:
+        monkeypatch.setattr("cascade.run._choice", choice)
+        play.run()
+        return choice(*asked)
+
+    monkeypatch.setattr("cascade.run._choice", late)
+    play.run()
+    assert play.calls() == ALL
+    (play.folder / "manifest.json").write_text("{")
+    said = ended(2, play.run, capsys)
+    assert said.startswith(f"error: {play.folder}/manifest.json cannot be read: Expecting ")
 
 
 def test_from(play: Play, capsys: pytest.CaptureFixture[str]) -> None:
