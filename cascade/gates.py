@@ -57,7 +57,10 @@ def _metric(run: Path, stage: str, name: str) -> tuple[float, tuple[float, float
 
 
 def _paired(run: Path, stage: str, gate: Gate) -> str:
-    """The interval of the fall, question by question, where the predictions are there."""
+    """The interval of the fall, question by question, or why it cannot be told.
+
+    Nothing where the predictions are not there.
+    """
     folders = [run / "eval" / name for name in (gate.against, stage)]
     if gate.metric not in ("greedy", "sampled") or not all(
         (folder / "predictions.jsonl").is_file() for folder in folders
@@ -67,7 +70,10 @@ def _paired(run: Path, stage: str, gate: Gate) -> str:
     from cascade.comparison import compare_results
 
     a, b = map(read_evaluation, folders)
-    check_comparable(a, b)
+    try:
+        check_comparable(a, b)
+    except UserError as error:
+        return f" ({error})"
     low, high = compare_results(a.results, b.results, 0)[gate.metric]["ci"]
     return f" (95%, question by question: {-high:.4f} to {-low:.4f})"
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cascade.driver import ended_by_sigterm, run_lock
+from cascade.gates import GateError
 from cascade.processes import cores, end_tree
 from cascade.recipe import Recipe
 from cascade.run import RunOptions
@@ -31,10 +32,14 @@ def seed_folder(output: Path, seed: int) -> Path:
 def run_seeds(recipe: Recipe, output: Path, options: RunOptions) -> None:
     """Run what is left of every seed, and write what the recipe's arms came to.
 
-    Raises `UserError` when all have ended and one has failed.
+    Raises `UserError` when all have ended and one has failed; `GateError` where nothing but gates
+    stopped them.
     """
     with run_lock(output) as lock, ended_by_sigterm():
-        failed = _Runs(recipe, output, options, lock).run_all()
+        runs = _Runs(recipe, output, options, lock)
+        failed = runs.run_all()
+    for seed, reason in failed.items():
+        print(f"seed {seed} failed: {reason}", file=sys.stderr)
     if recipe.arms:
         from cascade.ablation import write_ablation
 
@@ -42,11 +47,10 @@ def run_seeds(recipe: Recipe, output: Path, options: RunOptions) -> None:
     from cascade.report import write_report
 
     print(f"the page over all seeds: {write_report(output)}")
-    for seed, reason in failed.items():
-        print(f"seed {seed} failed: {reason}", file=sys.stderr)
     if failed:
         seeds = ", ".join(map(str, failed))
-        raise UserError(
+        gated = runs.codes == {GateError.exit_code}
+        raise (GateError if gated else UserError)(
             f"seed {seeds} of {output} failed; start the same command again to go on from there"
         )
 
@@ -56,6 +60,7 @@ class _Run:
     seed: int
     process: subprocess.Popen[bytes]
     log: Path
+    said: int  # bytes of the log that earlier starts wrote
     start: float
 
 
@@ -64,6 +69,7 @@ class _Runs:
         self.recipe, self.output, self.options, self.lock = recipe, output, options, lock
         self.alive: list[_Run] = []
         self.failed: dict[int, str] = {}
+        self.codes: set[int] = set()
 
     def run_all(self) -> dict[int, str]:
         """{seed: why it failed}."""
@@ -85,6 +91,7 @@ class _Runs:
         folder = seed_folder(self.output, seed)
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "run.log"
+        said = log.stat().st_size if log.exists() else 0
         command = [sys.executable, *seed_command(self.recipe, folder, seed, self.options)]
         print(f"== seed {seed} (see {log}): python {' '.join(command[1:])}", flush=True)
         with log.open("ab") as out:
@@ -95,7 +102,7 @@ class _Runs:
                 pass_fds=[self.lock],
                 env=self._environment(),
             )
-        return _Run(seed, process, log, time.monotonic())
+        return _Run(seed, process, log, said, time.monotonic())
 
     def _environment(self) -> Mapping[str, str]:
         """Several runs on one machine have a thread a process, unless it is said otherwise."""
@@ -106,7 +113,9 @@ class _Runs:
         self.alive.remove(run)
         seconds = f"{time.monotonic() - run.start:.0f} s"
         if run.process.returncode:
-            self.failed[run.seed] = f"{_last_error(run.log)} (code {run.process.returncode})"
+            self.codes.add(run.process.returncode)
+            reason = _last_error(run.log, run.said)
+            self.failed[run.seed] = f"{reason} (code {run.process.returncode})"
             print(f"== seed {run.seed} failed after {seconds}: {self.failed[run.seed]}", flush=True)
         else:
             print(f"== seed {run.seed} is done ({seconds})", flush=True)
@@ -129,7 +138,9 @@ def seed_command(recipe: Recipe, folder: Path, seed: int, options: RunOptions) -
     return words
 
 
-def _last_error(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def _last_error(log: Path, start: int) -> str:
+    """What a run ended with, in what it wrote from this byte on."""
+    text = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return (told or lines or ["it said nothing"])[-1]

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from play_runs import ALL, DRIVER, RECIPE, Play, ended, play
+from play_runs import ALL, DRIVER, RECIPE, Play, changed, ended, play
 
+from cascade.ablation import run_of_arm
 from cascade.ablation_page import draw_plot, make_table
 from cascade.driver import run_lock
-from cascade.recipe import Recipe
+from cascade.gates import GateError, check_gate
+from cascade.recipe import Gate, Recipe, load_recipe
 
 __all__ = ["play"]  # a fixture
 
@@ -73,6 +75,20 @@ def test_a_gate_waits_for_the_evaluation_that_it_compares_with(play: Play) -> No
     play.told(seconds={"evaluate.sft": 2})
     play.run("--overlap=on", recipe={**GATED, "stages": {**stages, "sft": sft}})
     assert play.calls() == ["evaluate.sft"]
+
+
+def test_a_gate_between_evaluations_that_differ(tmp_path: Path) -> None:
+    """It closes all the same; there is no interval of the fall."""
+    for stage, sampled, samples in (("sft", 0.5, 2), ("mpo", 0.4, 8)):
+        folder = tmp_path / "eval" / stage
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({"sampled": sampled}))
+        (folder / "settings.json").write_text(json.dumps({"samples": samples}))
+        (folder / "predictions.jsonl").write_text("")
+    with pytest.raises(
+        GateError, match=r"by 0\.1000 \(.* other settings: samples 2 and 8\..*0\.05"
+    ):
+        check_gate(tmp_path, "mpo", Gate("sampled", 0.05, "sft"))
 
 
 def test_a_metric_that_is_none(play: Play, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +179,39 @@ def test_seeds_and_arms(
     found = json.loads((play.folder / "ablation.json").read_text())
     assert [run["accuracy"] for run in found["runs"] if run["arm"] == "cascade"] == [0.6, 0.6]
     assert (play.folder / "seed-7" / "run.log").exists()
+
+
+def test_an_arm_of_before_a_change_is_no_result(play: Play) -> None:
+    """A recipe that was changed, and run to its first stage: the last arm's numbers are the old."""
+    play.write({**ARMS, "parallel": 1})
+    words = ("--seed=4", f"--output={play.folder}/seed-4")
+    play.run(*words)
+    recipe = load_recipe(play.root / "r.yaml")
+    assert run_of_arm(recipe, play.folder, "cascade", 4, None)["accuracy"] == 0.5
+    stages = changed(sft={"learning_rate": 0.2})["stages"]
+    play.run(*words, "--only=sft", recipe={**ARMS, "stages": stages})
+    recipe = load_recipe(play.root / "r.yaml")
+    assert run_of_arm(recipe, play.folder, "start", 4, None)["accuracy"] == 0.5
+    assert run_of_arm(recipe, play.folder, "cascade", 4, None) == {
+        "arm": "cascade",
+        "stage": "rl",
+        "seed": 4,
+        "error": "stage rl has not been evaluated since what it needs ran anew",
+    }
+
+
+def test_what_ended_a_seed(
+    play: Play, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gates alone: exit code 3; what is told is this start's, whatever an earlier one wrote."""
+    codes = ["print('error: a gate'); raise SystemExit(3)", "raise SystemExit(9)"]
+    monkeypatch.setattr("cascade.seeds.seed_command", lambda *_: ["-c", codes[0]])
+    recipe = {**RECIPE, "seeds": [4, 7]}
+    said = ended(3, lambda: play.run(recipe=recipe), capsys)
+    assert said.splitlines()[:2] == [f"seed {seed} failed: a gate (code 3)" for seed in (4, 7)]
+    monkeypatch.setattr("cascade.seeds.seed_command", lambda *_: ["-c", codes[1]])
+    said = ended(2, play.run, capsys)
+    assert said.splitlines()[0] == "seed 4 failed: it said nothing (code 9)"
 
 
 def runs_of(**arms: list[float]) -> dict[str, Any]:
