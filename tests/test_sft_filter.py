@@ -25,6 +25,7 @@ ROWS = [
     row(3, "<image>\nHow many?", "3", image="a.png"),
     row(4, "Both?", "0" * 60 + " " + LOOP),
 ]
+WITH_MODEL = ["--base-url", "http://127.0.0.1:9/v1", "--model", "m"]
 IDS = [f"s{number}" for number in range(6)]
 
 
@@ -78,6 +79,10 @@ def test_a_review_takes_rows_back(tmp_path: Path, capsys: pytest.CaptureFixture[
     write_jsonl(accepted, [second])  # a line of the rejected rows says the same
     assert command(*words, "--accept", accepted) == 0
     assert accounted(out, IDS[:5])["kept"] == ["s0", "s2", "s3"]
+    assert summary(out)["reasons"]["kept:accepted"] == 1
+    second["row"]["conversations"][0]["value"] = "one\u2028two\x85three"
+    write_jsonl(accepted, [second])
+    assert command(*words, "--accept", accepted) == 0  # it is no line's end
     accepted.write_text('{"id": "s2"}\n')
     assert command(*words, "--accept", accepted) == 2
     assert "accepted.jsonl:1: no JSON object with a 'key'" in capsys.readouterr().err
@@ -337,6 +342,16 @@ def test_a_run_that_is_stopped_goes_on(
     [
         (["--model", "m"], "--model is given, but --base-url is not"),
         (["--ask", "quality"], "--ask is given, but --base-url is not"),
+        (["--quality-threshold", "0"], "--quality-threshold is given, but --base-url is not"),
+        (
+            [*WITH_MODEL, "--ask", "repetition", "--domain", "general"],
+            "--domain is given, but --ask leaves quality out",
+        ),
+        (
+            [*WITH_MODEL, "--ask", "quality", "--repetition-threshold", "0"],
+            "--repetition-threshold is given, but --ask leaves repetition out",
+        ),
+        (["--max-repeated-lines", "30"], "--max-repeated-lines is 30; it is a share, from 0 to 1"),
         (["--base-url", "http://127.0.0.1:9/v1"], "--base-url is given, but --model"),
         (["--base-url", "127.0.0.1/v1", "--model", "m"], "--base-url is '127.0.0.1/v1'; it starts"),
         (["--max-zero-run", "-1"], "--max-zero-run is -1.0; give a number of 0 or more"),

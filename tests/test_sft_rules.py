@@ -42,6 +42,8 @@ HITS = [  # (rule, text, its value, what is marked)
     (long_response, " No. ", 3, []),
     (zero_run, "1000 and 0, 0, 0.0 0", 5, ["0, 0, 0.0 0"]),
     (zero_run, "[0|0|0]\n0", 3, ["0|0|0"]),
+    (zero_run, "10", 1, ["0"]),
+    (character_run, "sooo!", 3, ["ooo"]),
     (character_run, "no!!!!!!!!!!!! -------------------", 12, ["!!!!!!!!!!!!"]),
     (character_run, "好好好好好好好好好好好", 11, ["好好好好好好好好好好好"]),
 ]
@@ -54,6 +56,10 @@ def test_what_a_rule_measures(rule: Any, text: str, value: float, marked: list[s
     hit = rule(text, value + 0.5 if rule is short_response else value - 0.5)
     assert hit.value == value
     assert [text[start:end] for start, end in hit.spans] == marked
+
+
+def test_a_text_of_boxes_without_an_end_is_looked_through_once() -> None:
+    assert long_word("<box>" * 200_000, 500).value == 1_000_000  # type: ignore[union-attr]
 
 
 def test_drawn_lines_are_no_runs() -> None:
@@ -124,6 +130,11 @@ def test_sound_responses_pass() -> None:
     for text in ("3", table, code, steps, boxes, chinese, numbers):
         turns = row(0, "?", text)["conversations"]
         assert find_findings(turns, THRESHOLDS) == [], text
+
+
+def test_a_threshold_may_be_any_number() -> None:
+    assert character_run("哈" * 20_000, 1e12) is None
+    assert character_run("哈" * 20_000, 19_999.0) is not None
 
 
 def test_questions_are_not_looked_at() -> None:

@@ -67,6 +67,11 @@ def test_what_a_translation_keeps(source: str, translation: str, fault: str | No
     assert changed_parts(source, translation) == fault
 
 
+def test_long_edges_are_gone_through_once() -> None:
+    edge = "\n <image>" * 100_000
+    assert cut_edges(edge + "a" + edge) == (edge, "a", edge)
+
+
 @given(st.lists(st.sampled_from(["<image>", "\n", " ", "a", "<video>", "b c", "`x`"]), max_size=9))
 def test_edges_are_put_back(pieces: list[str]) -> None:
     text = "".join(pieces)

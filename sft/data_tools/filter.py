@@ -38,8 +38,11 @@ if TYPE_CHECKING:
     from sft.data_tools.filtering import FilterConfig
 
 _ASKED = (QUALITY, REPETITION)
-_ONLY_ASKED = ("model", "ask", "domain", "domains", "quality_threshold", "repetition_threshold",
-               "quality_of_images", "cache")  # fmt: skip
+_OF_SCORE = {
+    QUALITY: ("quality_threshold", "quality_of_images", "domain", "domains"),
+    REPETITION: ("repetition_threshold",),
+}
+_ONLY_ASKED = ("model", "ask", "cache", *(name for names in _OF_SCORE.values() for name in names))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +118,9 @@ def run(args: argparse.Namespace) -> None:
     write_summary(args.output, {"command": "filter", "input": str(args.input), **facts})
     if unknown := set(config.accepted) - deciding.accepted:
         print(f"{len(unknown)} row(s) of {args.accept} are not among the rows of {args.input}")
+    for option, names in (("--exempt", config.exempt), ("--domains", config.domains)):
+        for name in sorted(set(names) - deciding.data_sets):
+            print(f"{option} names {name!r}, but no row is of that data set")
     named = [rule.name for rule in RULES] + list(_ASKED)
     reasons = {"kept:accepted": "accepted in a review"}
     reasons |= {f"rejected:{name}": name for name in named}
@@ -126,15 +132,20 @@ def read_config(args: argparse.Namespace) -> FilterConfig:
     """What the options ask for; raises UserError for those that cannot be honoured."""
     from sft.data_tools.filtering import FilterConfig
 
-    if args.base_url is None:
-        given = [name for name in _ONLY_ASKED if vars(args)[name]]
-        if given:
-            raise UserError(f"{option_name(given[0])} is given, but --base-url is not")
+    asked = (args.ask or _ASKED) if args.base_url is not None else ()
+    unread = [(name, "--base-url is not") for name in _ONLY_ASKED] if not asked else []
+    for score in set(_ASKED).difference(asked):
+        unread += [(name, f"--ask leaves {score} out") for name in _OF_SCORE[score]]
+    for name, why in unread:
+        if vars(args)[name] is not None and vars(args)[name] is not False:
+            raise UserError(f"{option_name(name)} is given, but {why}")
     thresholds = {}
     for rule in RULES:
         value = vars(args)[rule.option.replace("-", "_")]
         if not 0 <= value < math.inf:
             raise UserError(f"--{rule.option} is {value}; give a number of 0 or more")
+        if value > 1 and 0 < rule.default < 1:
+            raise UserError(f"--{rule.option} is {value:g}; it is a share, from 0 to 1")
         thresholds[rule.name] = value
     scores = {}
     for name, default in ((QUALITY, 7.0), (REPETITION, 3.0)):
@@ -146,7 +157,7 @@ def read_config(args: argparse.Namespace) -> FilterConfig:
         thresholds=thresholds,
         skip=args.skip,
         exempt=args.exempt,
-        asked=(args.ask or _ASKED) if args.base_url is not None else (),
+        asked=asked,
         quality=scores[QUALITY],
         repetition=scores[REPETITION],
         domains={} if args.domains is None else _read_domains(args.domains),
@@ -175,7 +186,8 @@ def read_accepted(path: Path) -> frozenset[str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    for number, line in enumerate(text.splitlines(), start=1):
+    # not splitlines: a text may hold what that takes for a line's end (U+2028)
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -59,22 +59,24 @@ class FilterConfig:
 class RowFilter:
     """Decides on rows, from any thread. endpoint: None where no score is asked for.
 
-    accepted: the keys of a review that were met.
+    accepted: the keys of a review that were met. data_sets: the names that were met.
     """
 
     def __init__(self, config: FilterConfig, endpoint: Endpoint | None):
         self.config = config
         self.endpoint = endpoint
         self.accepted: set[str] = set()
+        self.data_sets: set[str] = set()
         self.failures = None if endpoint is None else endpoint.failures()
 
     def decide(self, part: Part, row: Row) -> Decision:
         """What becomes of a row."""
+        name = str(row.data.get("dataset") or part.name or "")
+        self.data_sets.add(name)
         if self.config.accepted and (key := row_key(row)) in self.config.accepted:
             self.accepted.add(key)
             return Decision("kept", reasons=["kept:accepted"])
         turns = row.data["conversations"]
-        name = str(row.data.get("dataset") or part.name or "")
         exempt = name in self.config.exempt
         skip = {*self.config.skip, *(REPETITION_RULES if exempt else ())}
         if findings := find_findings(turns, dict(self.config.thresholds), skip=skip):

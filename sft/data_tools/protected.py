@@ -32,6 +32,7 @@ _PROTECTED = re.compile(
     "|".join((_FENCE, _INLINE_CODE, _TAGS, _BOXED, _FORMULA, _MARKER)), re.DOTALL
 )
 _EDGE = re.compile(r"(?:\s|<image>|<video>)+")
+_EDGE_BACKWARDS = re.compile(r"(?:\s|>egami<|>oediv<)+")  # a search for \Z begins at every place
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
@@ -54,10 +55,7 @@ def cut_edges(text: str) -> tuple[str, str, str]:
     """
     front = match.end() if (match := _EDGE.match(text)) else 0
     rest = text[front:]
-    behind = 0
-    while found := re.search(r"(?:\s|<image>|<video>)\Z", rest[: len(rest) - behind]):
-        behind += len(found.group())
-    end = len(rest) - behind
+    end = len(rest) - (match.end() if (match := _EDGE_BACKWARDS.match(rest[::-1])) else 0)
     return text[:front], rest[:end], rest[end:]
 
 

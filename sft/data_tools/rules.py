@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from sft.data_tools.texts import (
@@ -27,9 +28,9 @@ _LEAST_UNITS, _LEAST_CHARACTERS = 50, 200  # of a response; a shorter one may we
 _LEAST_LINES = 4  # that repeat an earlier one
 _LEAST_LINE = 5  # characters of a line that counts: no brackets, no fences
 _MOST_SPANS = 50  # that are told of a hit
+_MOST_REPEATS = 10_000  # that are asked for in a pattern
 _DRAWING = r"-=_.*#~+|─━═·•…"  # rules, tables and blanks are drawn with them
-_ZEROS = re.compile(r"0(?:[\s,;.|]{0,3}0)+")
-_SAME = re.compile(rf"([^\s{re.escape(_DRAWING)}0])\1{{9,}}")
+_ZEROS = re.compile(r"0(?:[\s,;.|]{0,3}0)*")
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,19 @@ def character_run(text: str, most: float) -> Hit | None:
     >>> character_run("| --- | ------------ | 哈哈哈哈哈哈哈哈哈哈哈哈", 10).told
     "12 times '哈' in a row"
     """
-    runs = [(len(match.group()), match) for match in _SAME.finditer(text)]
+    runs = [
+        (len(match.group()), match) for match in _same(int(min(most, _MOST_REPEATS))).finditer(text)
+    ]
     longest, where = max(runs, key=lambda run: run[0], default=(0, None))
     if where is None or longest <= most:
         return None
     return Hit(longest, f"{longest} times {where[1]!r} in a row", [Span(*where.span())])
+
+
+@lru_cache
+def _same(most: int) -> re.Pattern[str]:
+    """A character that no lines are drawn with, more than `most` times."""
+    return re.compile(rf"([^\s{re.escape(_DRAWING)}0])\1{{{most},}}")
 
 
 def repeated_lines(text: str, most: float) -> Hit | None:

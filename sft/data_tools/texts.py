@@ -13,7 +13,7 @@ _UNIT = re.compile(rf"[{CJK}]|\d+(?:[.,]\d+)*|[^\W\d_{CJK}]+(?:['’][^\W\d_{CJK
 # a full stop ends a sentence only before white space: not in 3.5, nor in a file's name
 _SENTENCE = re.compile(r"(?:[^\n。！？.!?]|[.!?](?!\s|$))+[.!?。！？]*")
 _WORD = re.compile(rf"[^\s{CJK}　-〿＀-￯]+")
-_BOX = re.compile(r"<box>.*?</box>", re.DOTALL)
+_BOX = re.compile(r"<box>[^<]*</box>")  # no search to the text's end for a box that never ends
 
 
 class Span(NamedTuple):
