@@ -25,6 +25,7 @@ from cascade.report_files import read_lines
 from internvl.data import Quarantine, Row, store_images, write_json, write_jsonl
 from internvl.data.fingerprint import fingerprint
 from internvl.data.resumable import check_same_run
+from internvl.errors import DataError
 
 if TYPE_CHECKING:
     from internvl.sampler import SamplingConfig, StreamSampler
@@ -142,6 +143,9 @@ class Evaluation:
             folder.mkdir(parents=True, exist_ok=True)
             write_jsonl(predictions, self._predictions(rows, greedy, sampled, prompt))
         results = [result_of(record, self.config.count) for record in read_lines(predictions)]
+        if not results:
+            told = f"; the reasons are in {self.quarantine.path}" if self.quarantine.count else ""
+            raise DataError(f"{folder}: there is no question that could be asked{told}")
         name = self.output.name if folder == self.output else f"{self.output.name}/{prompt}"
         metrics = summarise(
             results,

@@ -163,6 +163,22 @@ def test_bad_questions_are_put_aside(
 # ---- prompt sets ----
 
 
+def test_no_question_that_can_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However many bad ones are borne, there is no mean of nothing."""
+    rows = [{"id": "q", "question": "too long: what is 1?", "answer": "1"}]
+    write_jsonl(tmp_path / "q.jsonl", rows)
+    with pytest.raises(SystemExit) as exit_:
+        evaluate(monkeypatch, tmp_path / "q.jsonl", tmp_path / "out", "--max-bad=9")
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (
+        f"error: {tmp_path}/out: there is no question that could be asked; the reasons are in "
+        f"{tmp_path}/out/quarantine.jsonl"
+    )
+
+
 def test_chain_of_thought_against_direct(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
