@@ -21,7 +21,7 @@ from two_ranks import CASES, IMAGES, WORLD, Case
 
 pytestmark = pytest.mark.xdist_group("ranks")  # in one test process, so that it is one start
 QUICK = ["mpo-uneven-last", "sft-empty-last", "fsdp-no-sync"]
-ELSEWHERE = ["sft-packed"]  # which samples share a step depends on the ranks: test_sft_packed.py
+ELSEWHERE = [name for name in CASES if "packed" in name]  # which samples share a step depends on the ranks: test_sft_packed.py
 SLOW = [name for name in CASES if name not in QUICK + ELSEWHERE]
 Start = tuple[Path, dict[str, list[dict[str, Any]]]]
 
@@ -79,6 +79,9 @@ def check_case(name: str, model: Path, started: Start) -> None:
     for rank in ranks:
         assert rank["losses"] == pytest.approx(one.losses, rel=1e-6, abs=1e-7)
         assert rank["norms"] == pytest.approx(one.norms, rel=1e-5)
+        if not case.fsdp:
+            seen = [log["num_tokens"] for log in one.logs]
+            assert [log["num_tokens"] for log in rank["logs"]] == seen
         assert len(rank["gradients"]) == len(one.gradients)
         for step, expected in enumerate(one.gradients):
             error = gradient_error(rank["gradients"][step], expected)

@@ -107,9 +107,10 @@ def uninterrupted(
 
 
 def assert_same_result(run: StageRun, reference: StageRun) -> None:
-    """The same bytes of weights and the same logged values."""
+    """The same bytes of weights and the same logged values, the count of tokens among them."""
     assert run.weights() == reference.weights()
     assert run.logged() == reference.logged()
+    assert run.logged()[-1]["num_tokens"] > 0
 
 
 def changed(reference: StageRun) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from plain import gradient_error, gradients, load_plain, plain_logprobs
+from plain import Plain, gradient_error, gradients, load_plain, plain_logprobs
 from torch import Tensor
 from trainer_cases import (
     FORBIDDEN,
@@ -92,13 +92,16 @@ class PlainPolicy:
     def logprobs(self, step: int, asked: list[int]) -> list[list[Tensor]]:
         """Of each question's completions, under the weights that step `step` starts from."""
         self.model.load_state_dict(self.run.weights[step], strict=True)
-        return [self._logprobs(self.rows[question]) for question in asked]
+        return [self._logprobs(question) for question in asked]
 
-    def _logprobs(self, row: Row) -> list[Tensor]:
-        pictures = tuple(row.load_images())
-        request = SampleRequest(row.data["question"], pictures, seed=0)
-        plain = self.run.trainer.sampler.plain(request, MAX_TILES)
-        return plain_logprobs(self.model, plain, TEMPERATURE, self.forbidden)
+    def plain(self, question: int) -> Plain:
+        """A question with its completions."""
+        row = self.rows[question]
+        request = SampleRequest(row.data["question"], tuple(row.load_images()), seed=0)
+        return self.run.trainer.sampler.plain(request, MAX_TILES)
+
+    def _logprobs(self, question: int) -> list[Tensor]:
+        return plain_logprobs(self.model, self.plain(question), TEMPERATURE, self.forbidden)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +179,16 @@ def test_gradients_are_gspos(run: Recorded, policy: PlainPolicy) -> None:
         assert error < 1e-5
         assert run.losses[step] == pytest.approx(loss.item(), abs=1e-6)
     assert any(clipped) and not all(clipped)
+
+
+def test_tokens_are_those_that_were_trained_on(run: Recorded, policy: PlainPolicy) -> None:
+    """A group is one prompt and its completions; one without spread is not run."""
+    seen = []
+    for step in range(STEPS):
+        asked = [q for q in groups_of(step, run) if any(expected_advantages(KINDS[q]))]
+        plain = [policy.plain(question) for question in asked]
+        seen.append(sum(len(one.ids) + sum(map(len, one.completions)) for one in plain))
+    assert [log["num_tokens"] for log in run.logs] == list(accumulate(seen))
 
 
 def test_metrics_of_the_first_step(run: Recorded) -> None:

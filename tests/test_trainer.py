@@ -87,6 +87,8 @@ def test_budget_changes_nothing(
     )
     assert one.microbatches == [1, 1] and min(many.microbatches) >= 3
     assert one.rows == many.rows
+    seen = [log["num_tokens"] for log in one.logs]
+    assert 0 < seen[0] < seen[1] and [log["num_tokens"] for log in many.logs] == seen
     assert many.losses == pytest.approx(one.losses, rel=1e-6)
     assert many.norms == pytest.approx(one.norms, rel=1e-6)
     for step, expected in enumerate(one.gradients):
@@ -163,6 +165,11 @@ def load_step(model: Any, recorded: Recorded, step: int) -> None:
     model.load_state_dict(recorded.weights[step], strict=False)
 
 
+def num_tokens(plain: Plain) -> int:
+    """Tokens of a prompt and of all its completions."""
+    return len(plain.ids) + sum(len(ids) for ids in plain.completions)
+
+
 def test_mpo_steps_are_plain(tiny_model: Path, images: Path, tmp_path: Path) -> None:
     """Both steps' gradients from transformers' own forward; the second with its delta."""
     rows = pairs(images, 10)
@@ -196,6 +203,12 @@ def test_mpo_steps_are_plain(tiny_model: Path, images: Path, tmp_path: Path) -> 
             ]
         delta = sum(rewards) / len(rewards)
     assert delta != 0.0 and run.delta == pytest.approx(delta, rel=1e-5)
+    seen = [sum(num_tokens(plain[name]) for name in run.rows[:end]) for end in (6, 10)]
+    assert [log["num_tokens"] for log in run.logs] == seen
+    ended = run.trainer.state.log_history[-2]  # the last one is of an evaluation
+    assert ended["num_tokens"] == seen[-1]
+    speed = seen[-1] / ended["train_runtime"]
+    assert ended["train_tokens_per_second"] == pytest.approx(speed, abs=1e-3)
     nll = run.logs[0]["loss/sft"]
     assert run.losses[0] == pytest.approx(1.2 * 0.6931471805599453 + nll, rel=1e-6)
 
@@ -221,6 +234,8 @@ def test_sft_step_is_plain(average: str, tiny_model: Path, images: Path, tmp_pat
     loss.backward()
     assert run.losses[0] == pytest.approx(loss.item(), rel=1e-6)
     assert gradient_error(run.gradients[0], gradients(model)) < 1e-5
+    seen = sum(num_tokens(plain_conversation(processor, row)) for row in rows)
+    assert run.logs[0]["num_tokens"] == seen
 
 
 # ---------------------------------------------------------------- LoRA

@@ -40,6 +40,11 @@ class StepBatch:
     rows: int = 0
     bad: list[BadRow] = field(default_factory=list)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all micro-batches; a prompt counts once, however many completions it has."""
+        return sum(len(batch.input_ids) for batch in self.microbatches)
+
 
 @dataclass(frozen=True)
 class BadRow:

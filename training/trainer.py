@@ -53,6 +53,8 @@ from training.orders import InOrder, Order, Shuffled
 from training.progress import StageProgress
 from training.resuming import ResumableTrainer
 
+NUM_TOKENS = "num_tokens"  # TRL's name for the tokens that a run has seen so far
+
 
 class PackedTrainer(ResumableTrainer):
     """The one trainer; a stage subclasses it with `encode`, `count` and `loss`.
@@ -299,7 +301,10 @@ class PackedTrainer(ResumableTrainer):
         if self.late_checks is not None:
             self.late_checks.look(step)
         model.train()
-        counts = sum_over_ranks(step.counts, self.args.device)
+        totals = {**step.counts, NUM_TOKENS: float(step.num_tokens)}
+        counts = sum_over_ranks(totals, self.args.device)
+        # transformers' own count: every checkpoint has it, and a resumed run goes on with it
+        self.state.num_input_tokens_seen += int(counts.pop(NUM_TOKENS))
         self.note_counts(counts)
         gradient_state = self.accelerator.gradient_state
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -321,11 +326,18 @@ class PackedTrainer(ResumableTrainer):
         return total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log with the stage's metrics since the last one."""
+        """Trainer's log with the stage's metrics since the last one, and the tokens of the run.
+
+        At the end also this process's tokens a second, as transformers counts them.
+        """
+        seen = self.state.num_input_tokens_seen
         if "loss" in logs:
             self._metrics.reduce(self.args.device)
-            logs = {**logs, **self._metrics.values()}
+            logs = {**logs, **self._metrics.values(), NUM_TOKENS: seen}
             self._metrics = Metrics()
+        if seconds := logs.get("train_runtime"):
+            done = seen - self._initial_num_input_tokens_seen
+            logs[NUM_TOKENS], logs["train_tokens_per_second"] = seen, round(done / seconds, 3)
         if self._resumed is not None:
             logs.pop("train_loss", None)  # transformers' sum over this process's steps alone
         super().log(logs, start_time)
