@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="questions with answers: JSONL, parquet, saved data set, meta.json, or a benchmark of "
+        help="questions with answers: JSONL, CSV, parquet, saved data set, meta.json, a benchmark of "
         "VLMEvalKit as .tsv",
     )
     add("--model", required=True, metavar="CKPT", help="checkpoint or LoRA adapter, its folder")
