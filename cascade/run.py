@@ -16,6 +16,7 @@ from typing import Any
 
 from cascade.check_options import check_options
 from cascade.driver import Driver, config_text, run_lock
+from cascade.gates import GateError
 from cascade.inputs import tell_missing
 from cascade.manifest import Manifest, revision, versions
 from cascade.plan import chosen_stages, plan
@@ -47,7 +48,7 @@ def run_seed(recipe: Recipe, run: Path, seed: int, options: RunOptions) -> None:
     """Run what is left of a recipe's stages for one seed; then summary, report and a table.
 
     Raises `UserError` for what is wrong with the recipe, before anything starts; `GateError` where
-    a gate closed.
+    a gate closed, after summary and report of the stages before it and its own.
     """
     stages = plan(recipe, run, seed, backend=options.backend, extra=options.extra)
     _check_inputs(recipe, options.extra)
@@ -64,7 +65,11 @@ def run_seed(recipe: Recipe, run: Path, seed: int, options: RunOptions) -> None:
         _note_what_runs(recipe, run, manifest)
         if options.start is not None:
             _forget(manifest, stages, options.start)
-        driver.run_locked(stages, lock, choice)
+        try:
+            driver.run_locked(stages, lock, choice)
+        except GateError:
+            _tell(recipe, run, manifest, options, True)
+            raise
         if manifest.data.pop("anew", None) is not None:
             manifest.write()
     _tell(recipe, run, manifest, options)
@@ -102,20 +107,22 @@ def print_plan(recipe: Recipe, run: Path, seed: int, options: RunOptions) -> Non
 
 
 def summary(
-    recipe: Recipe, run: Path, manifest: Manifest, extra: Collection[str]
+    recipe: Recipe, run: Path, manifest: Manifest, shown: Collection[str]
 ) -> dict[str, Any]:
-    """The run's result in a few numbers: the stages that the recipe reports, then optional ones."""
+    """The run's result in a few numbers: the stages that the recipe reports, then optional ones.
+
+    shown: those of them that are evaluated.
+    """
 
     def row(name: str) -> dict[str, Any]:
         metrics = json.loads((run / "eval" / name / "metrics.json").read_text(encoding="utf-8"))
         return {k: metrics[k] for k in ("name", "greedy", "sampled", "sampled_se", "format", "n")}
 
-    optional = [name for name in extra if is_evaluated(recipe.stages[name])]
     return {
         "seed": manifest.data["seed"],
         "seconds": manifest.seconds,
-        "stages": [row(name) for name in recipe.report],
-        **{name: row(name) for name in optional},
+        "stages": [row(name) for name in recipe.report if name in shown],
+        **{name: row(name) for name in shown if name not in recipe.report},
     }
 
 
@@ -201,8 +208,13 @@ def _overlap(recipe: Recipe, options: RunOptions) -> bool:
     return cores() > 1 and not has_gpu()
 
 
-def _tell(recipe: Recipe, run: Path, manifest: Manifest, options: RunOptions) -> None:
-    """summary.json, the report and the table, where all that they show is there."""
+def _tell(
+    recipe: Recipe, run: Path, manifest: Manifest, options: RunOptions, closed: bool = False
+) -> None:
+    """summary.json, the report and the table, where all that they show is there.
+
+    closed: a gate closed, and they are of what is there.
+    """
     from rich.console import Console
 
     from cascade.report import collect, write_report
@@ -210,11 +222,13 @@ def _tell(recipe: Recipe, run: Path, manifest: Manifest, options: RunOptions) ->
 
     shown = [*recipe.report, *(n for n in options.extra if is_evaluated(recipe.stages[n]))]
     missing = [n for n in shown if not (run / "eval" / n / "metrics.json").exists()]
-    if missing or not recipe.report:
+    if closed:
+        shown, missing = [name for name in shown if name not in missing], []
+    if missing or not shown:
         what = f"not evaluated: {', '.join(missing)}" if missing else "no stage is evaluated"
         print(f"\n{manifest.seconds:.0f} s in all; no report ({what})")
         return
-    write_json(run / "summary.json", summary(recipe, run, manifest, options.extra))
+    write_json(run / "summary.json", summary(recipe, run, manifest, shown))
     page = write_report(run)
     console = Console()
     console.print(stage_table(collect(run)))

@@ -18,6 +18,7 @@ from cascade.ablation_page import draw_plot, make_table
 from cascade.driver import run_lock
 from cascade.gates import GateError, check_gate
 from cascade.recipe import Gate, Recipe, load_recipe
+from cascade.run import _tell
 
 __all__ = ["play"]  # a fixture
 
@@ -26,7 +27,9 @@ __all__ = ["play"]  # a fixture
 GATED = {**RECIPE, "gate": {"metric": "sampled", "max_drop": 0.05}}
 
 
-def test_a_gate_stops_the_run(play: Play, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gate_stops_the_run(
+    play: Play, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     play.told(accuracy={"sft": 0.5, "mpo": 0.4, "rl": 0.37})
     said = ended(3, lambda: play.run(recipe=GATED), capsys)
     assert said == (
@@ -35,7 +38,13 @@ def test_a_gate_stops_the_run(play: Play, capsys: pytest.CaptureFixture[str]) ->
         "again, or go on anyway with --no-gate (or gate: false in stages.mpo)\n"
     )
     assert play.calls() == ALL[:7]
+    monkeypatch.setattr("cascade.run._tell", _tell)
     ended(3, play.run, capsys)  # it is still closed
+    summary = json.loads((play.folder / "summary.json").read_text())
+    assert [stage["name"] for stage in summary["stages"]] == ["sft", "mpo"]
+    page = (play.folder / "report.html").read_text()
+    assert "closed" in page and "0.37" not in page
+    monkeypatch.setattr("cascade.run._tell", lambda *_: None)
     assert play.calls() == []
     play.run("--no-gate")
     assert play.calls() == ["rl", "evaluate.rl"]  # 0.37 is borne after 0.4
