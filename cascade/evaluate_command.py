@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="questions with answers: JSONL, CSV, parquet, saved data set, meta.json, a benchmark of "
-        "VLMEvalKit as .tsv",
+        help="questions with answers: JSONL, CSV, parquet, saved data set, meta.json, or a "
+        "benchmark of VLMEvalKit as .tsv",
     )
     add("--model", required=True, metavar="CKPT", help="checkpoint or LoRA adapter, its folder")
     add("--output", type=Path, required=True, metavar="DIR", help="for metrics and predictions; "

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("questions", type=Path, help="JSONL, CSV, parquet, data set, meta.json, .tsv")
+    parser.add_argument(
+        "questions", type=Path, help="JSONL, CSV, parquet, data set, meta.json, .tsv"
+    )
     parser.add_argument("--model", required=True, metavar="CKPT", help="checkpoint folder")
     add_common(parser, output="rollouts")
     add = parser.add_argument
