@@ -65,7 +65,7 @@ def run_of_arm(
     folder = seed_folder(output, seed)
     try:
         manifest = Manifest(folder / "manifest.json", seed, recipe.name)
-        if not is_whole(manifest, f"evaluate.{stage}"):
+        if not manifest.is_whole(f"evaluate.{stage}"):
             before = manifest.entry(f"evaluate.{stage}") or {}
             since = " since what it needs ran anew" if before.get("done") else ""
             return {**entry, "error": failed or f"stage {stage} has not been evaluated{since}"}
@@ -83,19 +83,6 @@ def run_of_arm(
         }
     except (UserError, OSError, ValueError, KeyError) as error:
         return {**entry, "error": f"{type(error).__name__}: {error}"}
-
-
-def is_whole(manifest: Manifest, name: str) -> bool:
-    """Whether a process is done, of what those that it needs have made since."""
-    record = manifest.entry(name)
-    return (
-        record is not None
-        and record["done"]
-        and all(
-            is_whole(manifest, need) and (manifest.entry(need) or {})["key"] == key
-            for need, key in record["needs"].items()
-        )
-    )
 
 
 def compute_of(

@@ -21,6 +21,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cascade.driver import config_text
 from cascade.recipe_stage import TRAINING
 from cascade.stages import Stage
@@ -49,12 +51,11 @@ def check_options(stages: Sequence[Stage], env: Mapping[str, str] | None = None)
             if stage.command[0] != "-m":
                 continue  # no command of ours
             check: dict[str, Any] = {"stage": stage.stage, "kind": stage.kind}
+            check["words"] = stage.command[1:]
             if stage.kind in TRAINING:
                 file = Path(folder) / f"{number}.yaml"
                 file.write_text(config_text(stage.config or {}), encoding="utf-8")
                 check["config"] = str(file)
-            else:
-                check["words"] = stage.command[1:]
             checks.append(check)
         listed = Path(folder) / "checks.json"
         listed.write_text(json.dumps(checks), encoding="utf-8")
@@ -73,6 +74,7 @@ def _examine(check: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             if "config" in check:
+                _parse_launch(check["words"])
                 options = _parse_config(check["kind"], check["config"])
             else:
                 _parse_words(check["words"])
@@ -80,7 +82,7 @@ def _examine(check: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
         text = " ".join(str(error).split())
         return text.replace(f"{check.get('config')}: ", ""), {}
     except SystemExit:
-        return said.getvalue().strip().splitlines()[-1].removeprefix("error: "), {}
+        return said.getvalue().strip().splitlines()[-1].rpartition("error: ")[2], {}
     return None, options
 
 
@@ -91,6 +93,19 @@ def _parse_config(kind: str, file: str) -> dict[str, Any]:
     types = [vars(config)[f"{kind.upper()}Config"], parsing.ModelArguments]
     parsed = parsing.parse_config(types, f"python -m {kind}", ["--config", file])
     return {field.name: getattr(part, field.name) for part in parsed for field in fields(part)}
+
+
+def _parse_launch(words: Sequence[str]) -> None:
+    """As `accelerate launch` reads its own options, and the file that they name."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    args = launch_command_parser().parse_args(words[1:])
+    if args.config_file is not None:
+        try:
+            load_config_from_file(args.config_file)
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            raise UserError(f"launch.config_file {args.config_file}: {error}") from None
 
 
 def _parse_words(words: Sequence[str]) -> None:

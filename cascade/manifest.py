@@ -54,6 +54,18 @@ class Manifest:
         """A process's record, or None."""
         return next((s for s in self.data["stages"] if s["name"] == name), None)
 
+    def is_whole(self, name: str) -> bool:
+        """Whether a process is done, of what those that it needs have made since."""
+        record = self.entry(name)
+        return (
+            record is not None
+            and record["done"]
+            and all(
+                self.is_whole(need) and (self.entry(need) or {})["key"] == key
+                for need, key in record["needs"].items()
+            )
+        )
+
     def put(self, record: dict[str, Any]) -> None:
         """Add or replace a process's record, and write the file."""
         stages = self.data["stages"]

@@ -21,6 +21,10 @@ from internvl.errors import UserError
 __all__ = ["Gate", "Place", "Recipe", "StageSpec", "is_evaluated", "load_recipe"]
 
 BACKENDS = ("auto", "vllm", "transformers")
+PROCESSES = (  # kinds of a run's processes
+    *("world", "convert", "merge", "sft", "mpo", "rl"),
+    *("sample", "verify", "pair", "dropout", "check", "select", "evaluate"),
+)
 _NOT_A_NAME = ("eval", "stages", "configs", "logs", "run")
 TOP_KEYS = (
     *("output", "seed", "seeds", "parallel", "backend", "overlap", "environment", "launch"),
@@ -69,9 +73,12 @@ def load_recipe(file: Path) -> Recipe:
     text, top = read_entries(file)
     top.only(TOP_KEYS)
     stages = _stages(top)
+    _check_gate(top, stages)
     seeds, many = _seeds(top)
     arms = {name: str(value) for name, value in top.mapping("arms").items()}
     evaluated = [name for name, spec in stages.items() if is_evaluated(spec)]
+    if arms and not many:
+        raise top.fault("arms", arms, "they need seeds: [0, 1, ...]")
     for arm, stage in arms.items():
         top.one_of(f"arms.{arm}", stage, evaluated, "it is an evaluated stage")
     overlap = top.get("overlap", "auto")
@@ -85,20 +92,46 @@ def load_recipe(file: Path) -> Recipe:
         parallel=top.whole("parallel", 1, least=1),
         backend=top.one_of("backend", top.get("backend", "auto"), BACKENDS),
         overlap=None if overlap == "auto" else bool(overlap),
-        environment={key: _variable(value) for key, value in top.mapping("environment").items()},
+        environment=_environment(top),
         stages=stages,
         report=_report(top, stages),
         arms=arms,
         compute_from=_compute_from(top, arms, stages),
-        start_seconds={key: top.number(f"start_seconds.{key}", value)
-                       for key, value in top.mapping("start_seconds").items()},
+        start_seconds=_start_seconds(top),
         text=text,
     )  # fmt: skip
 
 
-def _variable(value: object) -> str:
-    """What a process finds in its environment; YAML reads true and false as more than words."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _environment(top: Entries) -> dict[str, str]:
+    """What processes find in their environment; YAML reads true and false as more than words."""
+    found = {}
+    for name, value in top.mapping("environment").items():
+        if not isinstance(value, str | int | float):
+            raise top.fault(f"environment.{name}", value, "give a text or a number")
+        found[name] = str(value).lower() if isinstance(value, bool) else str(value)
+    return found
+
+
+def _start_seconds(top: Entries) -> dict[str, float]:
+    """CPU seconds by kind of process."""
+    found = {}
+    for kind, value in top.mapping("start_seconds").items():
+        if kind not in PROCESSES:
+            listed = f"kinds of processes are: {', '.join(PROCESSES)}"
+            raise top.fault(f"start_seconds.{kind}", value, listed)
+        found[kind] = top.number(f"start_seconds.{kind}", value)
+    return found
+
+
+def _check_gate(top: Entries, stages: Mapping[str, StageSpec]) -> None:
+    """Refuse a gate that no stage would have."""
+    own = [one.get("gate") for one in top.mapping("stages").values() if isinstance(one, dict)]
+    given = top.get("gate", False)
+    if given is not False and False not in own and not any(s.gate for s in stages.values()):
+        raise top.fault(
+            "gate", given, "no stage has one: it is for training stages that are "
+            "evaluated and start from an evaluated stage (evaluate: true), or name one (against)"
+        )  # fmt: skip
 
 
 def _seeds(top: Entries) -> tuple[tuple[int, ...], bool]:

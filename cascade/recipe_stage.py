@@ -33,6 +33,13 @@ OUTPUT_PATHS = (
     *("quarantine_file", "reference_cache_dir", "server_weights_dir"),
     *("judge-cache", "judge_cache"),
 )
+# numbers of metrics.json that a gate may look at, besides pass@k, majority@k and what is counted; a
+# test compares them with what `cascade evaluate` writes
+METRICS = (
+    *("sampled", "greedy", "format", "chain_correct", "truncated", "no_answer", "unjudged"),
+    *("mean_tokens", "tokens_p50", "tokens_p90", "tokens_p99", "max_tokens"),
+    *("greedy_format", "greedy_truncated", "greedy_mean_tokens"),
+)
 ROOTS = ("image-root", "image_root")  # folders of images, which nobody reads whole
 # what a run says itself, and where it is said in the recipe
 _SAID = {
@@ -129,7 +136,7 @@ class StageReading:
         questions = self._questions(own, data)
         sections = {name: self._section(name) for name in SECTIONS.get(kind, ())}
         evaluate, held_out = self._evaluate()
-        gate = self._gate(model, evaluate is not None)
+        gate = self._gate(model, evaluate)
         if kind == "pairs":
             self._check_pairs(sections, data)
             own.only(
@@ -202,6 +209,8 @@ class StageReading:
 
     def _places(self, key: str, given: object, own: Entries) -> tuple[Place, ...]:
         items = given if isinstance(given, list) else [given]
+        if not items:
+            raise own.fault(key, given, "give at least one file")
         return tuple(self.place(key, item, own) for item in items)
 
     def _section(self, name: str) -> dict[str, Any] | None:
@@ -253,8 +262,8 @@ class StageReading:
         places = self._places("questions", questions, at)
         return self._command_options(at.entries, at), places
 
-    def _gate(self, model: Place | None, evaluated: bool) -> Gate | None:
-        own, top = self.own, self.top
+    def _gate(self, model: Place | None, evaluate: Mapping[str, Any] | None) -> Gate | None:
+        own, top, evaluated = self.own, self.top, evaluate is not None
         given = own.take("gate", None)
         if given is False or (given is None and not top.has("gate")):
             return None
@@ -273,7 +282,8 @@ class StageReading:
             raise own.fault("gate", given, "the model that it starts from is not evaluated: give "
                             "that stage evaluate: true, or the gate against: STAGE")  # fmt: skip
         drop = at.number("max_drop", at.get("max_drop", 0.02))
-        return Gate(str(at.get("metric", "sampled")), drop, str(against))
+        metric = at.one_of("metric", at.get("metric", "sampled"), metric_names(evaluate or {}))
+        return Gate(metric, drop, str(against))
 
     def _options(self) -> dict[str, Any]:
         """What is left of the stage's keys: options of its command."""
@@ -325,6 +335,16 @@ class StageReading:
         if name in self.names:
             raise at.fault(key, value, f"stage {name} does not come before {self.name}")
         return Place(at.file.parent / Path(value).expanduser())
+
+
+def metric_names(evaluate: Mapping[str, Any]) -> list[str]:
+    """The numbers that an evaluation by these options has."""
+    samples, count = evaluate.get("samples", 2), evaluate.get("count")
+    sizes = list[int]()
+    if type(samples) is int and samples > 0:  # anything else is refused by the command's parser
+        sizes = sorted({2**power for power in range(samples.bit_length())} | {samples})
+    of_samples = [f"pass@{size}" for size in sizes] + [f"majority@{size}" for size in sizes[1:]]
+    return [*METRICS, *of_samples, *(count if isinstance(count, dict) else ())]
 
 
 def places_of(spec: StageSpec) -> list[tuple[str, Place]]:

@@ -221,7 +221,7 @@ def _tell(
     from cascade.terminal import stage_table
 
     shown = [*recipe.report, *(n for n in options.extra if is_evaluated(recipe.stages[n]))]
-    missing = [n for n in shown if not (run / "eval" / n / "metrics.json").exists()]
+    missing = [name for name in shown if not manifest.is_whole(f"evaluate.{name}")]
     if closed:
         shown, missing = [name for name in shown if name not in missing], []
     if missing or not shown:

@@ -17,8 +17,9 @@ from cascade.ablation import run_of_arm
 from cascade.ablation_page import draw_plot, make_table
 from cascade.driver import run_lock
 from cascade.gates import GateError, check_gate
+from cascade.manifest import Manifest
 from cascade.recipe import Gate, Recipe, load_recipe
-from cascade.run import _tell
+from cascade.run import RunOptions, _tell
 
 __all__ = ["play"]  # a fixture
 
@@ -101,8 +102,8 @@ def test_a_gate_between_evaluations_that_differ(tmp_path: Path) -> None:
 
 
 def test_a_metric_that_is_none(play: Play, capsys: pytest.CaptureFixture[str]) -> None:
-    said = ended(2, lambda: play.run(recipe={**GATED, "gate": {"metric": "gredy"}}), capsys)
-    assert "metrics.json has no number 'gredy'; there are: greedy, greedy_se, sampled," in said
+    said = ended(2, lambda: play.run(recipe={**GATED, "gate": {"metric": "pass@2"}}), capsys)
+    assert "metrics.json has no number 'pass@2'; there are: greedy, greedy_se, sampled," in said
 
 
 # ---- kills ----
@@ -190,7 +191,9 @@ def test_seeds_and_arms(
     assert (play.folder / "seed-7" / "run.log").exists()
 
 
-def test_an_arm_of_before_a_change_is_no_result(play: Play) -> None:
+def test_an_arm_of_before_a_change_is_no_result(
+    play: Play, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A recipe that was changed, and run to its first stage: the last arm's numbers are the old."""
     play.write({**ARMS, "parallel": 1})
     words = ("--seed=4", f"--output={play.folder}/seed-4")
@@ -207,6 +210,10 @@ def test_an_arm_of_before_a_change_is_no_result(play: Play) -> None:
         "seed": 4,
         "error": "stage rl has not been evaluated since what it needs ran anew",
     }
+    folder = play.folder / "seed-4"
+    capsys.readouterr()
+    _tell(recipe, folder, Manifest(folder / "manifest.json", 4, "r"), RunOptions())
+    assert "no report (not evaluated: mpo, rl)" in capsys.readouterr().out
 
 
 def test_what_ended_a_seed(

@@ -15,7 +15,7 @@ import yaml
 from play_runs import ALL, RECIPE, Play, changed, ended, play, played
 
 import cascade.run
-from cascade.check_options import Checked
+from cascade.check_options import Checked, _examine
 from cascade.cli import main
 from cascade.driver import Driver
 from cascade.inputs import digest_input
@@ -229,6 +229,23 @@ def test_what_is_wrong_is_told_before_anything_starts(
     )
     assert asked == [ALL]
     assert play.calls() == []
+
+
+def test_the_launcher_is_asked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cascade.check_options._parse_config", lambda *_: {})
+    file = tmp_path / "launch.yaml"
+    file.write_text("distributed_type: MULTI_CPU\nnum_procs: 2\n")
+
+    def said(*words: str) -> str | None:
+        command = ["accelerate.commands.launch", *words, "-m", "mpo", "--config", "m.yaml"]
+        return _examine({"kind": "mpo", "config": "m.yaml", "words": command})[0]
+
+    assert said("--quiet", "--num_processes", "2") is None
+    assert said("--num_procs", "2") == "unrecognized arguments: --num_procs"
+    told = said("--config_file", str(file))
+    assert told is not None
+    assert told.startswith(f"launch.config_file {file}: ")
+    assert "unknown keys (['num_procs'])" in told
 
 
 def test_options_are_asked_once(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from scipy import stats
 
 from cascade.comparison import compare_results
 from cascade.metrics import Result, measure, powers_of_two, summarise
+from cascade.recipe_stage import metric_names
 from cascade.statistics import (
     mean_and_se,
     mean_interval,
@@ -173,6 +174,13 @@ def test_a_rate_that_some_questions_lack_is_left_out() -> None:
     whole = [result("a", [True], chain_correct=1.0), result("b", [True], chain_correct=0.0)]
     assert measure(whole)["chain_correct"] == 0.5
     assert "chain_correct" not in measure([whole[0], result("c", [True])])
+
+
+def test_a_gate_knows_the_names_of_the_numbers() -> None:
+    rates = ("truncated", "no_answer", "unjudged", "chain_correct", "careless")
+    found = measure([result("a", [True] * 6, **dict.fromkeys(rates, 0.5))])
+    numbers = {name for name in found if not name.endswith(("_se", "_ci"))} - {"n", "k"}
+    assert set(metric_names({"samples": 6, "count": {"careless": "clear"}})) == numbers
 
 
 def test_comparisons_use_the_questions_of_both() -> None:

@@ -12,6 +12,7 @@ from cascade.recipe import load_recipe
 from cascade.recipe_stage import Place
 from internvl.errors import UserError
 
+EVALUATED = {"evaluate": {"questions": "q"}}
 WRONG = [
     ({"stage": {}}, {}, "unknown key 'stage'; did you mean 'stages'?"),
     ({"gates": {}}, {}, "unknown key 'gates'; did you mean 'gate'?"),
@@ -23,12 +24,12 @@ WRONG = [
     ({"overlap": "yes"}, {}, "overlap is 'yes'; give auto, true or false"),
     ({"common": [1]}, {}, "common is [1]; expected entries like 'key: value'"),
     (
-        {"arms": {"all": "r"}, **TOP},
+        {"arms": {"all": "r"}, "seeds": [1], **TOP},
         {},
         "arms.all is 'r'; it is an evaluated stage; did you mean 'rl'?",
     ),
     (
-        {"arms": {"all": "rl"}, "compute_from": "stf", **TOP},
+        {"arms": {"all": "rl"}, "compute_from": "stf", "seeds": [1], **TOP},
         {},
         "compute_from is 'stf'; it is an arm or a stage; did you mean 'sft'?",
     ),
@@ -68,6 +69,15 @@ WRONG = [
     ({"evaluate": {"questions": "q"}}, {"sft": {"gate": {}, }}, "stages.sft.gate is {}; the model "
         "that it starts from is not evaluated"),
     ({"evaluate": {"samples": 1}}, {}, "stages.sft.evaluate: questions is missing"),
+    ({"gate": {"metric": "smapled"}, **EVALUATED}, {}, "stages.mpo.gate.metric is 'smapled'; did "
+        "you mean 'sampled'?"),
+    ({"gate": {"metric": "pass@4"}, **EVALUATED}, {}, "stages.mpo.gate.metric is 'pass@4'; did you "
+        "mean 'pass@"),
+    ({"gate": {"max_drop": 0.1}}, {}, "gate is {'max_drop': 0.1}; no stage has one: it is for "),
+    ({"arms": {"all": "rl"}, **EVALUATED}, {}, "arms is {'all': 'rl'}; they need seeds: [0, 1, "),
+    ({"start_seconds": {"gspo": 3}}, {}, "start_seconds.gspo is 3; kinds of processes are: "),
+    ({"environment": {"A": None}}, {}, "environment.A is None; give a text or a number"),
+    ({}, {"pairs": {"questions": []}}, "stages.pairs.questions is []; give at least one file"),
     ({}, {"Rl": {"kind": "rl"}}, "stages: 'Rl' is no name for a stage: small letters, digits, - "),
     ({}, {"logs": {"kind": "rl"}}, "stages: 'logs' is no name for a stage"),
 ]  # fmt: skip
