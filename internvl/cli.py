@@ -9,13 +9,14 @@ from pathlib import Path
 from internvl.errors import UserError
 from internvl.terminal import Command, command_parser, run_command
 
-_ABOUT = "Checkpoints in and out: convert, merge, look at, and talk to an InternVL."
+_ABOUT = "Checkpoints in and out: convert, compose, merge, look at, and talk to an InternVL."
 _EXAMPLE = """\
 example, from a published InternVLChatModel to one that everything here (and vLLM) loads:
 
   internvl convert InternVL3-1B ckpt --to hf      published custom-code layout -> HF-native
   internvl info ckpt --image chart.png            sizes, tokens an image costs, training memory
   internvl chat ckpt chart.png "Which bar is the highest?"
+  internvl compose Qwen3-8B ckpt ckpt-8b          its vision tower under another language model
   internvl merge out/mpo-lora ckpt-mpo            a LoRA adapter into its base
   internvl convert ckpt-mpo release --to chat     HF-native -> published layout
 
@@ -28,6 +29,16 @@ def _convert(args: argparse.Namespace) -> None:
 
     convert(args.source, args.output, to=args.to, allow_pickle=args.allow_pickle)
     print(f"{args.output}: written in the {args.to} layout")
+
+
+def _compose(args: argparse.Namespace) -> None:
+    from internvl.conversion.compose import check_composition, compose
+
+    composition = check_composition(
+        args.llm, args.vision, seed=args.seed, add_chat_tokens=args.add_chat_tokens
+    )
+    compose(composition, args.output, allow_pickle=args.allow_pickle)
+    print(f"{args.output}: {composition.described()}")
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -76,6 +87,36 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         choices=("hf", "chat"),
         required=True,
         help="hf: InternVLForConditionalGeneration; chat: the published InternVLChatModel",
+    )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read pytorch_model*.bin, too (tensors only: no other object is unpickled)",
+    )
+
+
+def _add_compose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "llm",
+        type=Path,
+        metavar="LLM",
+        help="a causal language model (Qwen2, Qwen3, LLaMA), or an InternVL for its own",
+    )
+    parser.add_argument(
+        "vision", type=Path, metavar="VISION", help="the InternVL whose vision tower is taken"
+    )
+    parser.add_argument("output", type=Path, metavar="OUT", help="the new folder to write")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of a new projector, where VISION's is of another width (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--add-chat-tokens",
+        action="store_true",
+        help="add <|im_start|> and <|im_end|> where the LLM's tokenizer has none",
     )
     parser.add_argument(
         "--allow-pickle",
@@ -172,6 +213,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 _COMMANDS = (
     Command("convert", "published custom-code layout <-> HF-native", _add_convert, _convert),
+    Command("compose", "a language model and another's vision tower", _add_compose, _compose),
     Command("merge", "a LoRA adapter into its base", _add_merge, _merge),
     Command("info", "sizes, tokens an image costs, memory of training", _add_info, _info),
     Command("chat", "one question about one image, for a first look", _add_chat, _chat),

@@ -44,15 +44,14 @@ def main() -> None:
         from sft.measuring import checking_encoder
         from sft.mixture import check_names
         from sft.trainer import SFTTrainer
-        from sft.vision import check_vision_from, take_vision
+        from sft.vision import check_vision_from, composed_start
         from training.stage import check_eval_file, check_files, open_stage, save_config
 
-    graft = check_vision_from(args, model_args)
+    composition = check_vision_from(args, model_args)
     check_files(args.train_file, args.eval_file)
     check_names(args)
     check_eval_file(args, args.eval_file)
-    stage = open_stage(model_args, args)
-    take_vision(stage.model, graft, args)
+    stage = open_stage(composed_start(composition, args, model_args), args)
     trainer = SFTTrainer(
         model=stage.model,
         args=args,

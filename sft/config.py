@@ -66,8 +66,9 @@ class SFTConfig(StreamArguments, AugmentedArguments):
     vision_from: str | None = field(
         default=None,
         metadata={
-            "help": "Progressive scaling: an InternVL checkpoint whose vision tower and projector "
-            "are put under the language model of model_name_or_path."
+            "help": "Progressive scaling: an InternVL whose vision tower and projector go under "
+            "the language model of model_name_or_path (which may then be a bare one), as `internvl "
+            "compose` does, into output_dir/composed."
         },
     )
 

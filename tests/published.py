@@ -46,7 +46,7 @@ FAMILIES = {
         "Qwen3MoeForCausalLM",
         "internvl2_5",
         {
-            "head_dim": 32,
+            "head_dim": 64,
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 64,

@@ -1,4 +1,4 @@
-"""Very small InternVL checkpoints over each language model that InternVL comes with.
+"""Very small InternVL checkpoints over each language model that InternVL comes with, or without.
 
 Two layers, 32 wide, random weights, the tiny model's own tokenizer and processor: enough to compare
 one way of computing with another, in a fraction of a second.
@@ -32,6 +32,63 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+_TEXT: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+}
+
+
+def make_llm(
+    folder: Path,
+    family: str,
+    *,
+    tokens: tuple[str, ...] = CHAT_TOKENS,
+    bos: str | None = None,
+    spare: int = 0,
+    seed: int = 0,
+    **text: Any,
+) -> Path:
+    """Write a bare causal language model of `family` and its tokenizer to `folder`.
+
+    tokens: special tokens of its tokenizer, beside bytes and an end of text. bos: one more, put
+    before every text. spare: rows of the embeddings without a token, as Qwen's have. text: further
+    keys of the config.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import (
+        CONFIG_MAPPING,
+        AutoModelForCausalLM,
+        PreTrainedTokenizerFast,
+    )
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({byte: at for at, byte in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>", *tokens, *([bos] if bos else [])])
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>", bos_token=bos
+    )
+    own = {**_TEXT, **FAMILIES[family], "vocab_size": len(tokenizer) + spare, **text}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**own))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def make_family(folder: Path, family: str, *, seed: int = 0, **text: Any) -> Path:
     """Write a checkpoint (model and processor) of `family` to `folder` and return the folder.
 
@@ -51,14 +108,7 @@ def make_family(folder: Path, family: str, *, seed: int = 0, **text: Any) -> Pat
         text_config={
             **{name: tiny["text_config"][name] for name in kept},
             "model_type": family,
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 64,
-            "max_position_embeddings": 4096,
-            "initializer_range": 0.1,
-            "tie_word_embeddings": False,
+            **_TEXT,
             **FAMILIES[family],
             **text,
         },

@@ -78,12 +78,20 @@ def convert(
     loaded = _Source(source, config, open_weights(source, allow_pickle=allow_pickle))
     with whole_folder(out) as partial:
         targets = _to_hf(loaded, partial) if to == "hf" else _to_chat(loaded, partial)
-        _write(targets, partial, loaded.weights, max_shard_bytes, progress)
+        write_targets(
+            targets, partial, loaded.weights, progress=progress, max_shard_bytes=max_shard_bytes
+        )
 
 
-def _write(
-    targets: list[Target], partial: Path, weights: Weights, max_shard_bytes: int, progress: bool
+def write_targets(
+    targets: list[Target],
+    partial: Path,
+    weights: Weights,
+    *,
+    progress: bool,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
+    """Write a checkpoint's weights into its folder; raises `UserError` where there is no room."""
     from internvl.conversion.shards import write_weights
 
     needed = sum(target.info.nbytes for target in targets)

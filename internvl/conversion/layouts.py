@@ -226,6 +226,16 @@ def plan_to_chat(
     return targets
 
 
+def plan_same(source: Mapping[str, TensorInfo], shapes: Shapes) -> list[Target]:
+    """The HF-native tensors as they are; names may be given either way, as to `plan_to_chat`."""
+    known, starts = _saved_names(source)
+    _check_match(known, shapes)
+    return [
+        Target(name, known[name], (Segment(actual, start, start + known[name].nbytes),))
+        for name, (actual, start) in sorted(starts.items())
+    ]
+
+
 def _saved_names(
     source: Mapping[str, TensorInfo],
 ) -> tuple[dict[str, TensorInfo], dict[str, tuple[str, int]]]:

@@ -17,23 +17,13 @@ from typing import TYPE_CHECKING, Any
 from internvl.adapters import CONFIG, adapter_settings, named_base, put_adapter
 from internvl.conversion.convert import whole_folder, write_config
 from internvl.conversion.originals import FOLDER
-from internvl.conversion.processors import TOKENIZER_FILES
+from internvl.conversion.processors import PROCESSOR_FILES
 from internvl.conversion.published import DTYPES
 from internvl.errors import UserError
 from internvl.folders import require_hf_layout
 
 if TYPE_CHECKING:
     from torch import nn
-
-_PROCESSOR_FILES = (
-    *TOKENIZER_FILES,
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 def merge_adapter(
@@ -107,7 +97,7 @@ def _bars(shown: bool) -> Iterator[None]:
 
 def _copy_processor(folder: Path, out: Path) -> None:
     """The base's processor and generation settings, and what its conversion kept."""
-    for name in _PROCESSOR_FILES:
+    for name in PROCESSOR_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
     if (folder / FOLDER).is_dir():

@@ -20,6 +20,7 @@ from internvl.conversion.templates import (
     DEFAULT_CONVERSATION,
     END_OF_TURN,
     IMAGE_CONTEXT,
+    START_OF_TURN,
     VIDEO,
     chat_template,
     conversation,
@@ -41,10 +42,24 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+PROCESSOR_FILES = (
+    *TOKENIZER_FILES,
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 # classes of transformers itself, whose files it reads without remote code
 _KNOWN_CLASSES = ("Qwen2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
 _INTERNLM2_CLASS = "InternLM2Tokenizer"
 _START, _END = "<img>", "</img>"
+# in the order in which the published training code adds them
+_INTERNVL_TOKENS = (
+    *(_START, _END, IMAGE_CONTEXT, "<quad>", "</quad>"),
+    *("<ref>", "</ref>", "<box>", "</box>"),
+)
 
 
 def make_processor(source: Path, chat: Config) -> InternVLProcessor:
@@ -76,14 +91,51 @@ def load_tokenizer(source: Path) -> tuple[PreTrainedTokenizerFast, str]:
     Raises `UserError` for a tokenizer of remote code that is not InternLM2's, and where one of
     InternVL's tokens is missing.
     """
-    from transformers import PreTrainedTokenizerFast
-
     settings = read_json(source / "tokenizer_config.json")
     backend, adds_bos = _backend(source, settings)
-    names = {key: _content(settings.get(f"{key}_token")) for key in ("bos", "pad", "unk", "eos")}
     for token in (_START, _END, IMAGE_CONTEXT, END_OF_TURN):
         if backend.token_to_id(token) is None:
             raise UserError(f"{source}: its tokenizer has no token {token!r}")
+    return _bare_tokenizer(source, settings, backend, adds_bos)
+
+
+def adopt_tokenizer(
+    source: Path, *, add_chat_tokens: bool = False
+) -> tuple[PreTrainedTokenizerFast, str, dict[str, int]]:
+    """A language model's tokenizer with InternVL's tokens: it, its bos, and the ids of new ones.
+
+    add_chat_tokens: add `<|im_start|>` and `<|im_end|>`, too. Raises `UserError` where they are
+    missing without it, and for a tokenizer that cannot be read.
+    """
+    from tokenizers import AddedToken
+
+    settings = read_json(source / "tokenizer_config.json")
+    backend, adds_bos = _backend(source, settings)
+    before = backend.get_vocab()
+    chat = [token for token in (START_OF_TURN, END_OF_TURN) if token not in before]
+    if chat and not add_chat_tokens:
+        raise UserError(
+            f"{source}: its tokenizer has no {', '.join(map(repr, chat))}, which turns are written "
+            "with: give a language model that speaks ChatML (Qwen2, Qwen2.5, Qwen3), or add them, "
+            "to be learnt: internvl compose LLM VISION OUT --add-chat-tokens"
+        )
+    wanted = (START_OF_TURN, END_OF_TURN, *_INTERNVL_TOKENS, VIDEO)
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in wanted]
+    )
+    after = backend.get_vocab()
+    added = {token: after[token] for token in wanted if token not in before}
+    tokenizer, bos = _bare_tokenizer(source, settings, backend, adds_bos)
+    return tokenizer, bos, added
+
+
+def _bare_tokenizer(
+    source: Path, settings: dict[str, Any], backend: Tokenizer, adds_bos: bool
+) -> tuple[PreTrainedTokenizerFast, str]:
+    """See `load_tokenizer`; the backend has InternVL's tokens."""
+    from transformers import PreTrainedTokenizerFast
+
+    names = {key: _content(settings.get(f"{key}_token")) for key in ("bos", "pad", "unk", "eos")}
     if adds_bos and names["bos"] is None:
         raise UserError(f"{source / 'tokenizer_config.json'}: bos_token is missing")
     limit = settings.get("model_max_length")

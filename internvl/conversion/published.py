@@ -99,7 +99,7 @@ def hf_config(chat: Config, *, image_token_id: int, eos_id: int, pad_id: int, ti
     check_chat_config(chat)
     settings = {**_CHAT_DEFAULTS, **chat}
     vision = _hf_vision(settings)
-    text = _hf_text(settings["llm_config"])
+    text = hf_text(settings["llm_config"])
     text.update(eos_token_id=eos_id, pad_token_id=pad_id, tie_word_embeddings=tied)
     text["dtype"] = vision["dtype"] = chat_dtype(chat)
     config = InternVLConfig(
@@ -206,7 +206,7 @@ def _hf_vision(settings: Config) -> Config:
     }
 
 
-def _hf_text(llm: Config) -> Config:
+def hf_text(llm: Config) -> Config:
     """Keyword arguments of the language model's transformers configuration."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -214,7 +214,7 @@ def _hf_text(llm: Config) -> Config:
     model_type = LANGUAGE_MODELS[architecture]
     config_class = CONFIG_MAPPING[model_type]
     own = set(config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
-    own |= set(config_class.attribute_map.values())
+    own |= {*config_class.attribute_map.values(), "head_dim"}  # which Qwen3-MoE's reads undeclared
     text = {key: value for key, value in llm.items() if key in own and value is not None}
     text["model_type"] = model_type
     text["use_cache"] = True  # published as false, left over from training

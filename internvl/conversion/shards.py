@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -208,22 +208,15 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo, int]]:
         yield name, info, data + begin
 
 
-class PickledWeights:
-    """Tensors in pytorch_model*.bin, opened with weights_only=True and mapped, not loaded."""
+class HeldWeights:
+    """Tensors that are in memory (or mapped into it)."""
 
-    def __init__(self, files: Sequence[Path]):
-        self.tensors: dict[str, TensorInfo] = {}
-        self._held: dict[str, Tensor] = {}
-        for file in files:
-            for name, tensor in _unpickle(file).items():
-                if str(tensor.dtype) not in _TORCH_DTYPES:
-                    raise UserError(f"{file}: tensor {name!r} has dtype {tensor.dtype}")
-                if name in self._held:
-                    raise UserError(f"{file}: tensor {name!r} is in another file too")
-                self._held[name] = tensor
-                self.tensors[name] = TensorInfo(
-                    _TORCH_DTYPES[str(tensor.dtype)], tuple(tensor.shape)
-                )
+    def __init__(self, held: Mapping[str, Tensor]):
+        self._held = dict(held)
+        self.tensors = {
+            name: TensorInfo(_TORCH_DTYPES[str(tensor.dtype)], tuple(tensor.shape))
+            for name, tensor in held.items()
+        }
 
     def read(self, segment: Segment) -> Iterator[memoryview | bytes]:
         """See `Weights.read`."""
@@ -232,6 +225,38 @@ class PickledWeights:
         flat = self._held[segment.source].contiguous().flatten().view(torch.uint8).numpy()
         for start in range(segment.start, segment.stop, BLOCK_BYTES):
             yield flat[start : min(start + BLOCK_BYTES, segment.stop)].data
+
+
+class PickledWeights(HeldWeights):
+    """Tensors in pytorch_model*.bin, opened with weights_only=True and mapped, not loaded."""
+
+    def __init__(self, files: Sequence[Path]):
+        held: dict[str, Tensor] = {}
+        for file in files:
+            for name, tensor in _unpickle(file).items():
+                if str(tensor.dtype) not in _TORCH_DTYPES:
+                    raise UserError(f"{file}: tensor {name!r} has dtype {tensor.dtype}")
+                if name in held:
+                    raise UserError(f"{file}: tensor {name!r} is in another file too")
+                held[name] = tensor
+        super().__init__(held)
+
+
+class JoinedWeights:
+    """Tensors of several checkpoints, by new names: {name: (weights, its name there)}."""
+
+    def __init__(self, places: Mapping[str, tuple[Weights, str]]):
+        self._places = dict(places)
+        self.tensors = {name: weights.tensors[there] for name, (weights, there) in places.items()}
+
+    def without(self, name: str) -> JoinedWeights:
+        """The same but for one tensor."""
+        return JoinedWeights({key: place for key, place in self._places.items() if key != name})
+
+    def read(self, segment: Segment) -> Iterator[memoryview | bytes]:
+        """See `Weights.read`."""
+        weights, there = self._places[segment.source]
+        return weights.read(Segment(there, segment.start, segment.stop))
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:

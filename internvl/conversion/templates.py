@@ -12,11 +12,12 @@ their own. Facts from the published conversation.py:
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from internvl.errors import UserError
 
-END_OF_TURN = "<|im_end|>"
+START_OF_TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
 IMAGE_CONTEXT, VIDEO = "<IMG_CONTEXT>", "<video>"
 
 _SYSTEM_2 = (
@@ -85,6 +86,17 @@ def chat_template(conversation: Conversation, *, bos: str) -> str:
         f"{{{{ {end} }}}}{{% endfor %}}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
+
+
+def with_bos(text: str, bos: str) -> str:
+    """A chat template with another bos token (or none) before everything, as ours write it.
+
+    >>> with_bos("{{ '<s>' }}{{ 'Hello' }}{{ x }}", "<b>")
+    "{{ '<b>' }}{{ 'Hello' }}{{ x }}"
+    """
+    # our own templates begin with a string and then a condition: see `chat_template`
+    body = re.sub(r"\A\{\{ '(?:[^'\\]|\\.)*' \}\}", "", text)
+    return text if body == text and not bos else f"{{{{ {_quoted(bos)} }}}}{body}"
 
 
 def template_name(text: str) -> str | None:
