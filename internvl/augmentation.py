@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PUBLISHED = (75, 100)
-_LONGEST = 65_500  # pixels of a side that libjpeg writes; it reads 65,535
 
 
 @dataclass(frozen=True)
@@ -57,14 +56,9 @@ class JpegAugmentation:
 
 
 def recompress(image: Image.Image, quality: int) -> Image.Image:
-    """An RGB picture as its JPEG of this quality shows it (4:2:0, Pillow's own default).
-
-    One with a side over 65,500 pixels, of which there is no JPEG, stays as it is.
-    """
+    """An RGB picture as its JPEG of this quality shows it (4:2:0, Pillow's own default)."""
     from PIL import Image
 
-    if max(image.size) > _LONGEST:
-        return image
     encoded = io.BytesIO()
     image.save(encoded, format="JPEG", quality=quality)
     with Image.open(encoded, formats=("JPEG",)) as opened:

@@ -47,13 +47,6 @@ def test_a_picture_is_what_its_jpeg_shows(images: Path) -> None:
     assert not np.array_equal(expected, np.asarray(picture))
 
 
-@pytest.mark.parametrize("side", [65_500, 65_501])
-def test_a_picture_that_no_jpeg_holds_stays_as_it_is(side: int) -> None:
-    picture = Image.effect_noise((side, 1), 90).convert("RGB")
-    again = np.asarray(recompress(picture, 30))
-    assert np.array_equal(again, np.asarray(picture)) == (side > 65_500)
-
-
 def test_qualities_are_drawn_by_text_image_seed_and_epoch() -> None:
     augmentation = JpegAugmentation()
 
