@@ -165,6 +165,15 @@ def checking_encoder(args: SFTConfig, encoder: Encoder) -> Encoder:
     )
 
 
+def _on_every_rank(here: bool) -> bool:
+    """Whether something is so on all ranks; the same answer on each."""
+    if not dist.is_initialized():
+        return here
+    found = [here] * dist.get_world_size()
+    dist.all_gather_object(found, here)
+    return all(found)
+
+
 def measure_all(measure: Measure, encoder: Encoder, args: SFTConfig) -> RowSizes:
     """The sizes of every row: each rank measures its share, and the first keeps them for a restart.
 
@@ -175,7 +184,7 @@ def measure_all(measure: Measure, encoder: Encoder, args: SFTConfig) -> RowSizes
     if what is not None:
         name = f"sizes-{what}-{settings_digest(encoder, 'conversation', 0)[:16]}.npy"
         file = Path(args.output_dir or "") / "checked_rows" / name
-        if file.is_file():
+        if _on_every_rank(file.is_file()):  # where nodes have disks of their own, the first's alone
             return np.load(file, mmap_mode="r", allow_pickle=False)
     found = np.zeros((len(rows), 2), np.int32)
     mine = range(args.process_index, len(rows), args.world_size)

@@ -25,6 +25,7 @@ from internvl.packing import Example, pack
 from sft.measuring import Measure, PackLimits, split_example
 from sft.packing import Item, Pack, Packer
 from training.batches import STEP_BATCH, BadRow, StepBatch, StepCollator
+from training.late_checks import FEWEST_ROWS
 from training.orders import Order
 
 Pick = tuple[int, int]  # a place in the order, and which piece of the sample that stands there
@@ -47,7 +48,8 @@ class Planner:
     """Plans the steps of this rank, one after the other; `restore` goes on from any of them.
 
     packs: of a step. stop: the place at which the stream ends (None: it has no end). late: rows are
-    checked here, and bad ones are left out; else one is an error.
+    checked here, and bad ones are left out; else one is an error. A step ends early where so many
+    of its rows are bad that the run is to hear of it (`LateChecks`): they may all be.
     """
 
     def __init__(
@@ -106,8 +108,8 @@ class Planner:
         return StepPlan(packs, self._next - start, bad, self.state())
 
     def _next_packs(self) -> tuple[list[list[Pick]], list[BadRow]]:
-        bad = []
-        while len(self._ready) < self._packs and not self._ended:
+        bad: list[BadRow] = []
+        while len(self._ready) < self._packs and not self._ended and len(bad) < FEWEST_ROWS:
             place = self._next * self._world_size + self._rank
             if self._stop is not None and place >= self._stop:
                 self._ended = True

@@ -21,6 +21,7 @@ from transformers import (
 
 from internvl.data import Row, write_json
 from internvl.drop_path import DropPath
+from internvl.errors import UserError
 from internvl.logprobs import TokenScores
 from internvl.packing import Example, PackedBatch
 from sft.accounts import Accounts
@@ -128,13 +129,19 @@ class SFTTrainer(PackedTrainer):
         if config.vit_drop_path:
             whole: Any = self.model
             base = whole.get_base_model() if isinstance(whole, PeftModel) else whole
+            if not any(p.requires_grad for p in base.model.vision_tower.parameters()):
+                raise UserError(
+                    f"vit_drop_path is {config.vit_drop_path:g}, but nothing of the vision tower "
+                    "is trained: name vit in lora_parts, or leave it out"
+                )
             self._drop_path = DropPath(base, config.vit_drop_path)
-        if config.check_rows == "when_used":
+        if config.check_rows == "when_used" and self.train_dataset is not None:
             self.late_checks = LateChecks(
                 late_quarantine(config),
                 config.max_bad,
                 rank=config.process_index,
                 device=config.device,
+                most_rows=len(self.train_dataset),
             )
         if config.stop_gold_probability is not None:
             self._schedule = CooldownSchedule(

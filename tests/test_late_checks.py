@@ -108,6 +108,21 @@ def test_too_many_stop_the_run(
         train(tiny_model, folder, [*GOOD, *BAD], check_rows="when_used", max_bad=0.5)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_nothing_but_bad_rows_ends_the_run(tiny_model: Path, folder: Path, packing: bool) -> None:
+    """Also of few rows, which come again and are counted once; packs are not looked for forever."""
+    with pytest.raises(DataError, match=r"(\d) of \1 rows are bad, more than max_bad=0.5 allows; "):
+        train(
+            *(tiny_model, folder, BAD[:4] + BAD[5:]),  # packs take over-long text in pieces
+            check_rows="when_used",
+            packing=packing,
+            max_steps=4,
+            max_bad=0.5,
+            per_device_train_batch_size=2,
+            max_tokens_per_microbatch=60,
+        )
+
+
 def test_the_count_goes_on_after_a_restart(folder: Path) -> None:
     file = folder / "quarantine.used.jsonl"
 

@@ -123,6 +123,17 @@ def test_the_resolved_options_are_a_configuration_again() -> None:
     assert not again.freeze_projector and again.asked_parts == ("projector",)
 
 
+def test_a_drop_path_of_what_no_adapter_trains_is_refused(
+    tiny_model: Path, images: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"vit_drop_path is 0\.1, but nothing of the vision"):
+        make_trainer(
+            *("sft", tiny_model, tmp_path, conversations(images, 2), Recorded()),
+            peft_config=lora(),
+            vit_drop_path=0.1,
+        )
+
+
 @pytest.mark.parametrize("option", ["--vit_drop_path", "--stage", "--vision_from"])
 def test_other_stages_have_no_such_option(option: str) -> None:
     """MPO's policy and reference must be one network: there is no drop path to be set."""

@@ -6,6 +6,7 @@ empty: nothing takes its place, and the loss is normalised by what is there.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -31,14 +32,24 @@ class LateChecks:
     """Puts aside the bad rows of each step; the first rank writes, and all stop together.
 
     quarantine_file: begun anew, or gone on with by `go_on`. max_bad: the share (< 1) of the rows
-    seen so far, or the number (>= 1), that may be bad.
+    seen so far, or the number (>= 1), that may be bad. most_rows: a share is taken of no more, as
+    often as they may come again.
     """
 
-    def __init__(self, quarantine_file: Path, max_bad: float, *, rank: int, device: torch.device):
+    def __init__(
+        self,
+        quarantine_file: Path,
+        max_bad: float,
+        *,
+        rank: int,
+        device: torch.device,
+        most_rows: int = sys.maxsize,
+    ):
         self.seen = 0  # rows that all ranks have looked at
         self.bad = 0  # of them; the first rank's count
         self._file = quarantine_file if rank == 0 else None
         self._max_bad = max_bad
+        self._most_rows = most_rows
         self._rank = rank
         self._device = device
         self._opened: Quarantine | None = None
@@ -72,7 +83,8 @@ class LateChecks:
         fault = None
         if self._rank == 0:
             try:
-                quarantine.check(self.seen, at_least=FEWEST_ROWS)
+                seen = min(self.seen, self._most_rows)  # a bad row is counted once in all epochs
+                quarantine.check(seen, at_least=min(FEWEST_ROWS, self._most_rows))
             except DataError as error:
                 fault = str(error)
         if fault := self._from_first(fault):
