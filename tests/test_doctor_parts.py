@@ -29,6 +29,7 @@ from cascade.doctor.findings import Finding
 from cascade.doctor.memory import Device, check_memory, moments
 from cascade.doctor.starts import Checkpoints
 from cascade.recipe import load_recipe
+from internvl.errors import UserError
 from internvl.info import count_parameters, read_config
 
 VERSIONS = {"torch": "2.13.0+cpu", "vllm": "0.31.0", "peft": "0.22.0"}
@@ -134,6 +135,35 @@ def test_processes_of_a_launch(tmp_path: Path) -> None:
     assert facts.launch(facts.stages["mpo"]) == Launch(16, 8, sharded=True)
     facts = recipe_of(tmp_path, launch={"num_processes": 4})
     assert facts.launch(facts.stages["mpo"]) == Launch(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("top", "told"),
+    [
+        ({"common": {"max_tiles": "twelve"}}, "stages.sft.max_tiles is 'twelve'; give a number"),
+        ({"common": {"learning_rate": "fast"}}, "stages.sft.learning_rate is 'fast'; give a num"),
+        ({"sample": {"n": "many"}}, "stages.pairs.sample.n is 'many'; give a number"),
+        ({"evaluate": {"questions": "q", "samples": None}}, "stages.sft.evaluate.samples is None"),
+        ({"launch": {"num_processes": "two"}}, "stages.sft.launch.num_processes is 'two'; give a "),
+    ],
+)
+def test_what_is_no_number(top: dict[str, Any], told: str, tmp_path: Path) -> None:
+    """The recipe is told, in one line, and not Python's own words."""
+    file = tmp_path / "r.yaml"
+    stages = {
+        "sft": {"kind": "sft", "model": "m", "train_file": "x"},
+        "pairs": {"kind": "pairs", "model": "m", "questions": "q"},
+    }
+    file.write_text(yaml.safe_dump({"stages": stages, **top}, sort_keys=False))
+    facts = Facts(load_recipe(file), tmp_path)
+    sft, pairs = facts.stages.values()
+    with pytest.raises(UserError, match=re.escape(f"{file}: {told}")):
+        for name in ("max_tiles", "learning_rate"):
+            facts.option(sft, name)
+        facts.sampling(pairs), facts.evaluation(sft), facts.launch(sft)
+    file.write_text(yaml.safe_dump({"stages": stages, "common": {"learning_rate": "1e-5"}}))
+    facts = Facts(load_recipe(file), tmp_path)
+    assert facts.option(facts.stages["sft"], "learning_rate") == 1e-5
 
 
 def test_the_defaults_are_those_of_the_commands() -> None:

@@ -113,12 +113,16 @@ class Facts:
     # ---- options ----
 
     def option(self, spec: StageSpec, name: str) -> Any:
-        """A training stage's option, or its default."""
+        """A training stage's option, or its default.
+
+        Raises `UserError` where a number is asked for and none is given.
+        """
         own = {"rl": RL_DEFAULTS, "mpo": MPO_DEFAULTS}.get(spec.kind, {})
         if name in self.resolved.get(spec.name, {}) and name != "sampler":
             return self.resolved[spec.name][name]
         if name in spec.options:
-            return spec.options[name]
+            default = {**DEFAULTS, **own}.get(name)
+            return self._number(f"{spec.name}.{name}", spec.options[name], default)
         if name == "sampler" and self.recipe.backend != "auto":
             return self.recipe.backend
         return {**DEFAULTS, **own}[name]
@@ -134,12 +138,34 @@ class Facts:
         """The options of the `mmpr sample` whose verdicts a stage takes: its own, or another's."""
         if spec.data is not None:
             return self.sampling(self.recipe.stages[spec.data])
-        return {**SAMPLE_DEFAULTS, **(spec.sections.get("sample") or {})}
+        given = spec.sections.get("sample") or {}
+        return self._numbers(f"{spec.name}.sample", SAMPLE_DEFAULTS, given)
 
     def evaluation(self, spec: StageSpec) -> Mapping[str, Any] | None:
         """The options of a stage's evaluation, or None."""
         own = spec.options if spec.kind == "evaluate" else spec.evaluate
-        return None if own is None else {**EVALUATE_DEFAULTS, **own}
+        where = f"{spec.name}.evaluate"
+        return None if own is None else self._numbers(where, EVALUATE_DEFAULTS, own)
+
+    def _numbers(
+        self, where: str, defaults: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Options over their defaults, numbers where those are."""
+        found = {k: self._number(f"{where}.{k}", v, defaults.get(k)) for k, v in given.items()}
+        return {**defaults, **found}
+
+    def _number(self, where: str, value: Any, default: Any) -> Any:
+        """A value as the number that its default is; YAML reads 1e-5 as a text."""
+        if isinstance(default, bool) or not isinstance(default, int | float):
+            return value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value
+        try:
+            return type(default)(value)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{self.recipe.file}: stages.{where} is {value!r}; give a number"
+            ) from None
 
     def launch(self, spec: StageSpec) -> Launch:
         """How many processes a training stage is started in, by its options and its file.
@@ -160,7 +186,9 @@ class Facts:
                     f"launch.config_file {path}: {' '.join(str(fault).split())}"
                 ) from None
         said = {**said, **{key.replace("-", "_"): value for key, value in given.items()}}
-        processes = int(said.get("num_processes") or 1)
+        processes = self._number(
+            f"{spec.name}.launch.num_processes", said.get("num_processes") or 1, 1
+        )
         kind = str(said.get("distributed_type", "")).upper()
         sharded = kind in ("FSDP", "DEEPSPEED") or bool(said.get("use_fsdp"))
         return Launch(processes, max(1, processes // int(said.get("num_machines") or 1)), sharded)
