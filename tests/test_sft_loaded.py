@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,19 @@ def test_a_dataset_is_its_records(
     assert turned.fingerprint() != trainer.train_dataset.fingerprint()  # type: ignore[attr-defined]
 
 
+def test_a_fingerprint_holds_one_row_at_a_time(tmp_path: Path) -> None:
+    """Of a hundred times the bytes that it may take."""
+    rows = [{"images": [bytes([place]) * 100_000]} for place in range(100)]
+    found = as_rows(Dataset.from_list(rows), "conversation", tmp_path, "rows")
+    assert found is not None
+    tracemalloc.start()
+    try:
+        found.fingerprint()  # type: ignore[attr-defined]
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_rows_stay_as_they_are(tmp_path: Path) -> None:
     rows = [Row({}, tmp_path / "a.jsonl", 1, tmp_path)]
     assert as_rows(rows, "conversation", tmp_path, "x") is rows
@@ -99,6 +113,8 @@ def test_what_has_no_rows_by_number(tmp_path: Path) -> None:
         (dataset.to_iterable_dataset(), "eval_dataset is a IterableDataset, a stream, which a run"),
         (dataset[:1], "eval_dataset is a dict; give a datasets.Dataset, a list of records, or"),
         (DatasetDict(test=dataset), "of several splits: give one, eval_dataset['test']"),
+        ([], "eval_dataset is empty"),
+        (dataset.select([]), "eval_dataset is empty"),
         ("rows.jsonl", "eval_dataset is a str; give a datasets.Dataset, a list of records, or"),
     ):
         with pytest.raises(UserError, match=re.escape(told)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,14 @@ def digest_of(parts: Sequence[object]) -> str:
     """A hash of some values, by their JSON."""
     text = json.dumps(parts, default=json_value)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def digest_of_each(parts: Iterable[object]) -> str:
+    """The same of values that come one after the other, of which one is held at a time."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(digest_of([part]).encode())
+    return digest.hexdigest()
 
 
 def file_digest(path: Path, *, cached_from: int = CACHED_FROM) -> str:

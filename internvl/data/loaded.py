@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from internvl.data.fingerprint import digest_of
+from internvl.data.fingerprint import digest_of_each
 from internvl.data.records import Kind, find_fault, tidy_record
 from internvl.data.rows import Row
 from internvl.data.rowsets import RowSequence
@@ -45,16 +45,18 @@ class LoadedRows(RowSequence):
 
     def fingerprint(self) -> str:
         """Of every record; of images in files of their own only the path."""
-        return digest_of([row.data for row in self])
+        return digest_of_each(row.data for row in self)
 
 
 def as_rows(found: Any, kind: Kind, root: Path, name: str) -> Sequence[Row] | None:
     """What a program gives a trainer as rows: rows, a `datasets.Dataset`, or a list of records.
 
-    Raises `UserError` for what has no rows by number: a stream, or several splits.
+    Raises `UserError` for what has no rows by number (a stream, several splits), or none at all.
     """
     if found is None or isinstance(found, RowSequence):
         return found
+    if isinstance(found, list | tuple) and not found:
+        raise UserError(f"{name} is empty")
     if isinstance(found, Sequence) and all(isinstance(item, Row) for item in found):
         return found
     if isinstance(found, list):
@@ -62,6 +64,8 @@ def as_rows(found: Any, kind: Kind, root: Path, name: str) -> Sequence[Row] | No
     from datasets import Dataset, DatasetDict, IterableDataset
 
     if isinstance(found, Dataset):
+        if not len(found):
+            raise UserError(f"{name} is empty")
         return LoadedRows(found.with_format("arrow"), kind, root, name)
     told = f"{name} is a {type(found).__name__}"
     if isinstance(found, IterableDataset):
