@@ -127,6 +127,9 @@ class TrainingData:
         """What is going to be drawn, line by line."""
         if self.order is not None:
             yield from self.order.describe()
+            for span in spans_of(self.rows):
+                if not len(span.numbers):
+                    yield f"  {span.name}: no samples: no row of it is left, or repeat_time is 0"
         elif self.accounts is not None and self.accounts.names:
             yield f"mixture: {len(self.rows)} samples an epoch, every row of each data set"
             for span in spans_of(self.rows):

@@ -174,6 +174,8 @@ def test_another_seed_is_another_order() -> None:
     first, second = (Mixture(parts, 40, seed=seed) for seed in (1, 2))
     assert [first[p] for p in range(40)] != [second[p] for p in range(40)]
     assert [first[p] for p in range(40)] != [first[p] for p in range(40, 80)]
+    # also which part stands at a place, not its row alone
+    assert [first[p] < 10 for p in range(40)] != [first[p] < 10 for p in range(40, 80)]
 
 
 # ---------------------------------------------------------------- data sets and their weights
@@ -203,6 +205,9 @@ def test_by_weights(folder: Path) -> None:
     assert drawn(rows, mixture) == drawn(rows, mixture, 5) == {"charts": 5, "text": 15, "films": 5}
     text = [rows[mixture[p]].data["id"] for p in range(50) if rows[mixture[p]].data_set == "text"]
     assert set(Counter(text).values()) == {3, 4}  # 30 draws of 8 rows
+    weights = {"mixture": "weights", "mixture_weights": {"films": 1}}
+    _, other = mixture_of(meta, data_seed=4, **weights)
+    assert [mixture[p] for p in range(25)] != [other[p] for p in range(25)]
 
 
 def test_bad_rows_are_in_no_share(folder: Path) -> None:
@@ -335,6 +340,16 @@ def test_one_file_of_both_kinds(folder: Path) -> None:
     ]
     with pytest.raises(UserError, match="all rows holds rows with and without images, which check"):
         mixture_of(file, text_ratio=0.25, check_rows="when_used")
+
+
+def test_a_file_of_both_kinds_beside_others(folder: Path) -> None:
+    """Each half has the share of its rows: 6 of text beside 8, 6 of images beside 12."""
+    meta = write_meta(folder, mixed={}, text={}, charts={})
+    _, mixture = mixture_of(meta, text_ratio=0.5, text_ratio_by="samples")
+    assert [part.name for part in mixture.parts] == [
+        *("mixed (text)", "mixed (images)", "text", "charts")
+    ]
+    assert mixture.quotas == [7, 5, 9, 11]
 
 
 @pytest.mark.parametrize(("name", "what"), [("text", "with an image"), ("films", "without an")])

@@ -130,6 +130,26 @@ def test_text_over_a_pack_is_split_and_weighs_as_a_whole(
     assert "drawn: 4 samples" in next(trainer._accounts.describe())
 
 
+def test_packs_are_drawn_by_the_data_seed_and_augmented_anew_in_each_epoch(
+    tiny_model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    rows = rows_of(write_rows(pictures / "few.jsonl", [1, 0, 0, 0, 0, 0]))
+    options = {"jpeg_quality": [5, 60], "num_train_epochs": 3, "max_tokens_per_microbatch": 150}
+    orders = []
+    for seed in (3, 4):
+        trainer, steps = packed_steps(
+            tiny_model, tmp_path / f"{seed}", rows, data_seed=seed, **options
+        )
+        batches = [batch for step in steps for batch in step.microbatches]
+        tiles = torch.cat([batch.tiles for batch in batches])
+        assert len(tiles) == len({tile.numpy().tobytes() for tile in tiles}) == 3
+        orders.append(told(batches, trainer.processing_class.tokenizer))
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    # a rank whose share has ended goes on with empty steps, counted under the same names
+    after = next(iter(trainer.get_train_dataloader()))[STEP_BATCH]
+    assert after.microbatches == [] and after.counts == dict.fromkeys(steps[0].counts, 0.0)
+
+
 def test_images_over_a_pack_are_put_aside(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
     """Too many tokens, too many tiles: never cut. Over-long text is none of that."""
     records = [record(0, 1), record(1, 5), record(2, 0, words=300), record(3, 2, words=200)]

@@ -20,10 +20,12 @@ from stage_runs import AtFileOperation, InSave, Kill, StageRun, _die
 from stream_cases import KINDS, MAX_TILES, record, told, write_pictures, write_rows
 
 from internvl.data import DataError
+from sft.accounts import Accounts
 from sft.measuring import Measure, PackLimits
 from sft.packing import Packer
 from sft.streaming import Planner, StepPlan
 from training import checkpoints
+from training.metrics import Metrics
 from training.orders import Shuffled
 
 KILLED = -signal.SIGKILL
@@ -78,6 +80,8 @@ def test_every_sample_is_in_one_pack(
         again.restore(json.loads(json.dumps(steps[cut % len(steps)].state)))
         assert until_the_end(again) == steps[cut % len(steps) + 1 :]
         assert again.next_step().packs == []  # another rank may have more
+        if rank == 0:  # which logs it
+            assert again.passes(steps[-1].state) == 2.0
         count = planner(sizes, **options).count_steps()
         assert count == sum(bool(step.packs) for step in steps)
     assert seen == dict.fromkeys(range(stop), 1)
@@ -115,6 +119,35 @@ def test_a_row_that_fits_no_pack() -> None:
     assert len(places(steps)) == 2 and sum(step.rows for step in steps) == 3
     with pytest.raises(DataError, match=r"a.jsonl:2: too many tiles"):
         until_the_end(told_planner(late=False))
+
+
+def test_a_stream_of_bad_rows_hands_out_steps() -> None:
+    """Without an end it would be looked through for good, and nobody told of it."""
+
+    class Bad(Measure):
+        def pieces(self, number: int) -> list[tuple[int, int]]:
+            raise DataError("gone")
+
+    plan = planner([(20, 0)] * 3, late=True)
+    plan.measure = Bad([None] * 3, None, LIMITS, None)  # type: ignore[list-item,arg-type]
+    steps = [plan.next_step() for _ in range(2)]
+    assert [(step.packs, step.rows, len(step.bad)) for step in steps] == [([], 1000, 1000)] * 2
+
+
+def test_the_account_goes_on_where_a_checkpoint_was() -> None:
+    counts = {"text/samples": 3.0, "text/tokens": 120.0, "images/samples": 1.0}
+    counts |= {"images/tokens": 30.0, "tiles": 4.0, "packs": 2.0, "pieces": 0.0, "split": 0.0}
+    limits, metrics = PackLimits(tokens=100, tiles=8, longest=100), Metrics()
+    first, again = Accounts([], limits), Accounts([], limits)
+    first.note(counts, metrics)
+    found = metrics.values()
+    assert found["packing/token_fill"] == 0.75 and found["packing/tile_fill"] == 0.25
+    again.go_on(json.loads(json.dumps(first.totals)))
+    again.note(counts, Metrics())
+    assert list(again.describe()) == [
+        "drawn: 8 samples, 300 tokens; without images 75.0% of the samples, 80.0% of the tokens",
+        "packs: 4 of 2.0 samples; filled 75.0% of their tokens, 25.0% of their tiles",
+    ]
 
 
 # ---------------------------------------------------------------- kills
