@@ -199,7 +199,7 @@ def run_benchmark(
     if result is None:
         return
     for name, value in result.items():
-        print(f"{name:22}{value}")
+        print(f"{name:24}{value}")
     if args.write_docs:
         write(result)
     if args.json:

@@ -22,10 +22,7 @@ the longest of the group.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
-import tempfile
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,11 +32,17 @@ sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Pa
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-import transformers  # noqa: E402
 
 from benchmarks import data  # noqa: E402
 from benchmarks._flops import Work, packed_work, step_flops  # noqa: E402
-from benchmarks._measure import Memory, facts, grown_alone, optimizer_step, seconds  # noqa: E402
+from benchmarks._measure import (  # noqa: E402
+    Memory,
+    facts,
+    grown_alone,
+    optimizer_step,
+    run_benchmark,
+    seconds,
+)
 from benchmarks._trl import TRLGroups, compact_head  # noqa: E402
 from internvl.chat import encode_reply, load_processor, render_prompt  # noqa: E402
 from internvl.checkpoint import load_model  # noqa: E402
@@ -297,24 +300,9 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    args = parse()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if args.device == "cpu":
-        torch.set_num_threads(1)  # waiting threads would be counted
-    with tempfile.TemporaryDirectory() as made:
-        result = run(args, args.folder or Path(made))
-    if result is None:
-        return
-    for name, value in result.items():
-        print(f"{name:24}{value}")
-    if args.write_docs:
-        from benchmarks._report import write_gspo
+    from benchmarks._report import write_gspo
 
-        write_gspo(result)
-    if args.json:
-        print(json.dumps(result))
+    run_benchmark(parse(), run, write_gspo)
 
 
 if __name__ == "__main__":

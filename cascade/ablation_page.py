@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cascade.statistics import mean_with_interval
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -20,24 +22,6 @@ _THEME = {
 }
 _INK, _MUTED, _GRID, _MARK = _THEME
 _MEASURES = (("accuracy", "sampled accuracy"), ("right_chain", "right chains"))
-
-
-def mean_with_interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
-    """The mean over seeds and Student's 95% interval of it; None of a single one.
-
-    >>> mean, (low, high) = mean_with_interval([0.5, 0.6, 0.7])
-    >>> round(mean, 3), round(low, 3), round(high, 3)
-    (0.6, 0.352, 0.848)
-    """
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return mean, None
-    from scipy.special import stdtrit
-
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    half = float(stdtrit(n - 1, 0.975)) * math.sqrt(variance / n)
-    return mean, (mean - half, mean + half)
 
 
 def by_arm(found: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -7,7 +7,6 @@ its reason: none is left out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -20,6 +19,7 @@ from cascade.report_files import get, number, read_object
 from cascade.report_run import RunFolder
 from cascade.report_svg import CARD, INK, MUTED, Canvas, tone
 from cascade.report_words import listing, percent, signed, turned
+from cascade.statistics import mean_and_se, mean_with_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -192,14 +192,8 @@ def over_seeds(values: Sequence[float]) -> Rate | None:
     """Mean and Student's 95% interval over seeds; of one seed no interval is known."""
     if not values:
         return None
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return Rate(mean, mean, mean)
-    from scipy.special import stdtrit
-
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    half = float(stdtrit(len(values) - 1, 0.975)) * math.sqrt(variance / len(values))
-    return Rate(mean, mean - half, mean + half)
+    mean, interval = mean_with_interval(values)
+    return Rate(mean, *(interval or (mean, mean)))
 
 
 def _contrasts(arms: Sequence[Arm]) -> list[Contrast]:
@@ -221,12 +215,10 @@ def _contrasts(arms: Sequence[Arm]) -> list[Contrast]:
 def _paired_p(gains: Sequence[float]) -> float:
     from scipy.special import stdtr
 
-    mean = math.fsum(gains) / len(gains)
-    variance = math.fsum((gain - mean) ** 2 for gain in gains) / (len(gains) - 1)
-    if variance == 0:
+    mean, se = mean_and_se(gains)
+    if not se:
         return 1.0 if mean == 0 else 0.0
-    t = abs(mean) / math.sqrt(variance / len(gains))
-    return float(2 * stdtr(len(gains) - 1, -t))
+    return float(2 * stdtr(len(gains) - 1, -abs(mean) / se))
 
 
 # -- the page ----------------------------------------------------------------------------------

@@ -34,6 +34,22 @@ def mean_and_se(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(variance / n)
 
 
+def mean_with_interval(values: Sequence[float]) -> tuple[float, Interval | None]:
+    """Mean and Student's interval of it; None of a single value.
+
+    >>> mean, (low, high) = mean_with_interval([0.5, 0.6, 0.7])
+    >>> round(mean, 3), round(low, 3), round(high, 3)
+    (0.6, 0.352, 0.848)
+    """
+    mean, se = mean_and_se(values)
+    if se is None:
+        return mean, None
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * se
+    return mean, (mean - half, mean + half)
+
+
 def proportion_interval(share: float, n: int) -> Interval:
     """Wilson's score interval of a share of n (Wilson 1927; Newcombe 1998, method 3).
 
@@ -53,13 +69,10 @@ def mean_interval(values: Sequence[float]) -> Interval:
     Where all values are equal, or there is one, it would have no width: then it is Wilson's, which
     is at least as wide as any spread of values in [0, 1] can make it.
     """
-    mean, se = mean_and_se(values)
-    if not se:
+    mean, interval = mean_with_interval(values)
+    if interval is None or interval[0] == interval[1]:
         return proportion_interval(mean, len(values))
-    from scipy.special import stdtrit
-
-    half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * se
-    return max(0.0, mean - half), min(1.0, mean + half)
+    return max(0.0, interval[0]), min(1.0, interval[1])
 
 
 def percentile(values: Sequence[float], share: float) -> float:
