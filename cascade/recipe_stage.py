@@ -349,7 +349,8 @@ def metric_names(evaluate: Mapping[str, Any]) -> list[str]:
 
 def places_of(spec: StageSpec) -> list[tuple[str, Place]]:
     """Every path that a stage names, by the key where it stands."""
-    named: dict[str, Any] = {"model": spec.model, "questions": list(spec.questions)}
+    model = "source" if spec.kind == "convert" else "model"
+    named: dict[str, Any] = {model: spec.model, "questions": list(spec.questions)}
     named |= spec.options
     named |= {f"launch.{key}": value for key, value in (spec.launch or {}).items()}
     for section, options in spec.sections.items():
