@@ -19,6 +19,7 @@ COLOURS = {"red": "#dc3232", "green": "#32be46", "blue": "#3c5ae6", "yellow": "#
 RECIPE = """\
 evaluate: {questions: heldout.jsonl, samples: 4}
 gate: {metric: sampled, max_drop: 0.02}
+seeds: [10, 11, 12]
 arms: {sft: sft, sft_more: sft_more, mpo: mpo, gspo: rl_alone, cascade: rl}
 stages:
   sft: {kind: sft, model: base, train_file: sft.jsonl}
