@@ -140,6 +140,28 @@ def test_a_projector_of_the_same_width_is_kept(tiny_model: Path, tmp_path: Path)
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("vllm")
+def test_vllm_serves_what_was_composed(tiny_model: Path, tmp_path: Path) -> None:
+    """The likeliest tokens are those of transformers, with an image, over grown embeddings."""
+    pytest.importorskip("vllm")
+    from PIL import Image
+
+    from internvl.sampler import SampleRequest, SamplingConfig, open_sampler
+
+    llm = make_llm(tmp_path / "llm", "qwen3", spare=4, head_dim=32)  # vLLM on CPUs has no 16
+    composed(llm, tiny_model, tmp_path / "out")
+    picture = Image.new("RGB", (112, 56), (9, 90, 200))
+    request = SampleRequest("<image>\nWhat?", [picture], seed=0)
+    asked = SamplingConfig(n=1, temperature=0.0, max_tokens=12, max_tiles=4)
+    said = []
+    for backend in ("vllm", "transformers"):
+        sampler = open_sampler(tmp_path / "out", backend=backend, max_model_len=512)
+        said.append(sampler.sample([request], asked)[0][0].token_ids)
+        sampler.close()
+    assert said[0] == said[1]
+
+
 def test_a_tokenizer_without_chatml_gets_it_when_asked(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
