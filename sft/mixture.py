@@ -55,7 +55,7 @@ class Mixture:
 
     >>> mixture = Mixture([Part("a", range(3), 2), Part("b", range(3, 5), 1)], 6, seed=0)
     >>> [sorted(mixture[place] for place in range(start, start + 6)) for start in (0, 6)]
-    [[0, 0, 1, 2, 3, 4], [0, 1, 1, 2, 3, 4]]
+    [[0, 1, 2, 2, 3, 4], [0, 0, 1, 2, 3, 4]]
     """
 
     def __init__(self, parts: Sequence[Part], length: int, *, seed: int, replacement: bool = False):

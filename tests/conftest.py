@@ -24,6 +24,8 @@ settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # tests of the shared engine come last: closing another engine ends the process's groups of both
+    items.sort(key=lambda item: "vllm_sampler" in getattr(item, "fixturenames", ()))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return

@@ -21,7 +21,8 @@ from two_ranks import CASES, IMAGES, WORLD, Case
 
 pytestmark = pytest.mark.xdist_group("ranks")  # in one test process, so that it is one start
 QUICK = ["mpo-uneven-last", "sft-empty-last", "fsdp-no-sync"]
-ELSEWHERE = [name for name in CASES if "packed" in name]  # which samples share a step depends on the ranks: test_sft_packed.py
+# test_sft_packed.py has these: which samples share a step depends on the ranks
+ELSEWHERE = [name for name in CASES if "packed" in name]
 SLOW = [name for name in CASES if name not in QUICK + ELSEWHERE]
 Start = tuple[Path, dict[str, list[dict[str, Any]]]]
 

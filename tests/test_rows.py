@@ -120,7 +120,7 @@ def test_ids_of_conversations_may_repeat(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data_augment": True}, "data_augment is True, which is not supported here"),
+        ({"data_augment": "x"}, "data_augment is 'x'; give true or false"),
         ({"max_dynamic_patch": 0}, "max_dynamic_patch is 0; give a whole number of tiles"),
         ({"max_dynamic_patch": "6"}, "max_dynamic_patch is '6'; give a whole number of tiles"),
         ({"repeat_time": "x"}, "repeat_time is 'x'; give a number of 0 or more"),

@@ -338,7 +338,7 @@ def make_trainer(
         if "eval_rows" in options:
             extra["eval_dataset"] = options.pop("eval_rows")
     else:
-        extra["eval_dataset"] = rows[: options.pop("eval_rows", 3)]
+        extra["eval_dataset"] = rows[: options.pop("eval_rows", 3)] or None
     return _watched(kind, recorded)(
         model=started,
         args=config(output_dir=str(output), **{**COMMON, **options}),
