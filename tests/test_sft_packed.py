@@ -190,15 +190,26 @@ def test_what_a_step_is_made_of_is_all_that_counts(
 def test_two_ranks_on_packs_are_one_process_on_their_samples(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Each step of two ranks, as one process sees the same samples without packing."""
+    """Each step of two ranks, as one process sees the same samples without packing.
+
+    Also where one has more packs than the other, which may have none at all.
+    """
     from test_ranks import start
     from two_ranks import CASES
 
-    folder, results = start(tiny_model, tmp_path, ["sft-packed"])
-    ranks, case = results["sft-packed"], CASES["sft-packed"]
-    rows = case.make_rows(folder)
-    trainer = make_trainer("sft", tiny_model, tmp_path / "one", rows, Recorded())
-    assert sorted(map(int, ranks[0]["rows"] + ranks[1]["rows"])) == list(range(case.rows))
+    names = [name for name in CASES if "packed" in name]
+    folder, results = start(tiny_model, tmp_path, names)
+    for name in names:
+        check_ranks(results[name], CASES[name].make_rows(folder), tiny_model, tmp_path / name)
+    packs = [rank["microbatches"] for rank in results["sft-packed-uneven"]]
+    assert packs == [[2, 1], [2, 0]]
+    assert [rank["rows"] for rank in results["sft-packed-alone"]] == [["0"], []]
+
+
+def check_ranks(ranks: Any, rows: Sequence[Row], model: Path, output: Path) -> None:
+    """What two ranks have recorded: each row once, each step one process's on its samples."""
+    trainer = make_trainer("sft", model, output, rows, Recorded())
+    assert sorted(map(int, ranks[0]["rows"] + ranks[1]["rows"])) == list(range(len(rows)))
     places = [0, 0]
     for number in range(len(ranks[0]["losses"])):
         ids: list[str] = []

@@ -96,6 +96,8 @@ TOKEN = {
 AUGMENTED = {"loss_average": "sample", "vit_drop_path": 0.5, "jpeg_quality": [20, 40]}
 # steps of up to two packs a rank; weights that do not move, so that each step stands alone
 PACKED = {"packing": True, "max_tokens_per_microbatch": 250, "learning_rate": 0.0}
+# few tiles a pack: the first rank has more packs than the second
+FEW_TILES = {**PACKED, "max_tokens_per_microbatch": LARGE, "max_tiles_per_microbatch": 3}
 UNEVEN = ([3, 3], [3, 1])
 EMPTY = ([3, 2], [3, 0])
 CASES = {
@@ -109,6 +111,8 @@ CASES = {
     "sft-augmented": Case("sft", 10, 3, UNEVEN, AUGMENTED),
     "sft-frozen": Case("sft", 8, 3, EMPTY, {"freeze_vit": True, "freeze_projector": True}),
     "sft-packed": Case("sft", 15, 2, ([], []), PACKED),
+    "sft-packed-uneven": Case("sft", 7, 2, ([], []), FEW_TILES),
+    "sft-packed-alone": Case("sft", 1, 2, ([], []), PACKED),  # none for the second rank
     "rl": Case("rl", 6, 2, ([2] * 4, [2] * 4), {**RL, "steps_per_generation": 2}),
     "rl-token": Case("rl", 6, 2, ([2] * 4, [2] * 4), {**RL, **TOKEN, "steps_per_generation": 2}),
     "fsdp": Case("mpo", 8, 3, EMPTY, fsdp="layers"),
