@@ -11,11 +11,8 @@ from internvl.errors import UserError
 HF_TYPE, CHAT_TYPE = "internvl", "internvl_chat"
 
 
-def read_config_json(folder: Path) -> dict[str, Any]:
-    """config.json of an InternVL checkpoint in either layout, as it is written.
-
-    Raises `UserError` where there is none, or it is not an InternVL's.
-    """
+def require_config(folder: Path) -> Path:
+    """The path of a checkpoint's config.json; raises `UserError` where there is none."""
     file = folder / "config.json"
     if not file.is_file():
         adapter = (folder / "adapter_config.json").is_file()
@@ -25,6 +22,15 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         if not folder.exists():
             expected += " (a name on the hub is not looked up: download it first)"
         raise UserError(f"{folder}: no config.json there; expected {expected}")
+    return file
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """config.json of an InternVL checkpoint in either layout, as it is written.
+
+    Raises `UserError` where there is none, or it is not an InternVL's.
+    """
+    file = require_config(folder)
     try:
         config = json.loads(file.read_bytes())
     except ValueError as error:

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from internvl.adapters import is_adapter, named_base
-from internvl.errors import UserError
+from internvl.folders import require_config
 
 _WHOLE_FILE = 64 * 2**20  # a file up to here is hashed whole, a larger one by its header and blocks
 _BLOCKS, _BLOCK_BYTES = 64, 2**16
@@ -47,8 +47,7 @@ def model_fingerprint(model: str) -> str:
     folder = Path(model)
     if is_adapter(folder):
         return f"{_hash_folder(folder)[:16]}{model_fingerprint(str(named_base(folder)))[:16]}"
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--model {model}: no config.json there; expected a checkpoint folder")
+    require_config(folder)
     return _hash_folder(folder)[:32]
 
 

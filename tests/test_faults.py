@@ -337,7 +337,7 @@ def test_a_folder_that_is_no_checkpoint(command: Command, tiny_world: Path, tmp_
     out = str(tmp_path / "out")
     said = command("cascade", "evaluate", rows, "--model", str(tiny_world), "--output", out).error
     assert said == (
-        f"error: --model {tiny_world}: no config.json there; expected a checkpoint folder"
+        f"error: {tiny_world}: no config.json there; expected an InternVL checkpoint folder"
     )
     options = {"train_file": str(tiny_world / "sft.jsonl"), "output_dir": out}
     for model, message in (

@@ -31,7 +31,7 @@ def test_mutated_completions(count, hangs):
     # of thousands on a machine with much else to do)
     assert report["hung_not"] == []
     by_accident = report["hung_by_accident"]
-    assert len(by_accident) <= max(1, count // 5000), by_accident
+    assert len(by_accident) <= count // 5000, by_accident
     assert report["timeouts"] == report["outcomes"]["timeout"] == hangs + len(by_accident)
     # none died, and none was loaded twice
     assert report["deaths"] == 0 and report["processes_started"] == 2
