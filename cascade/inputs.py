@@ -9,8 +9,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from cascade.recipe import Recipe, StageSpec
 from cascade.recipe_stage import OUTPUT_PATHS, ROOTS, Place, places_of
+from internvl.adapters import is_adapter, named_base
 from internvl.data.cache import cached_file
 from internvl.errors import UserError
 
@@ -22,15 +25,19 @@ _NOT_OF_ONE = ("trainer_state.json",)  # the log of its training
 def digest_input(path: Path) -> str:
     """The sha256 of a file; of a folder or a pattern, one hash of its files' names and hashes.
 
-    Of a checkpoint: its weights, configuration and tokenizer. Of a meta.json: the annotation files
-    that it names, too. Images in files of their own are not read. The hash of a large file is kept
-    in the cache folder, by its size and time of change.
+    Of a checkpoint: its weights, configuration and tokenizer; of an adapter's its base's, too. With
+    a meta.json go the annotation files that it names, with accelerate's configuration DeepSpeed's.
+    Images in files of their own are not read. The hash of a large file is kept in the cache folder,
+    by its size and time of change.
     """
     if path.is_file():
-        named = _annotations(path)
+        named = [*_annotations(path), *_deepspeed_file(path)]
         return _digest_files([path, *named]) if named else _digest_file(path)
     if path.is_dir():
-        return _digest_files(_files_of(path), path)
+        digest, base = _digest_files(_files_of(path), path), _base_of(path)
+        if base is None:
+            return digest
+        return hashlib.sha256(f"{digest} {digest_input(base)}".encode()).hexdigest()
     return _digest_files([Path(name) for name in sorted(glob.glob(str(path)))])
 
 
@@ -90,6 +97,29 @@ def _annotations(path: Path) -> list[Path]:
     named = [e["annotation"] for e in entries.values() if isinstance(e, dict) and "annotation" in e]
     places = [meta_place(path, name) for name in named if isinstance(name, str)]
     return [Path(name) for place in places for name in sorted(glob.glob(str(place)))]
+
+
+def _deepspeed_file(path: Path) -> list[Path]:
+    """The file that an accelerate configuration names; none of any other file."""
+    if path.suffix not in (".yaml", ".yml"):
+        return []
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return []  # what reads it will say so
+    own = entries.get("deepspeed_config") if isinstance(entries, dict) else None
+    named = own.get("deepspeed_config_file") if isinstance(own, dict) else None
+    return [Path(named)] if isinstance(named, str) and Path(named).is_file() else []
+
+
+def _base_of(folder: Path) -> Path | None:
+    """The checkpoint under an adapter; None where it names none here, as --base may say it."""
+    if not is_adapter(folder):
+        return None
+    try:
+        return named_base(folder)
+    except UserError:
+        return None  # what reads it will say so
 
 
 def _digest_files(files: list[Path], root: Path | None = None) -> str:

@@ -82,6 +82,16 @@ class Entries:
         self.entries.pop(key, None)
         return value
 
+    def spelled(self, sign: str) -> dict[str, Any]:
+        """The entries with `sign` between the words of their names, `-` or `_`; each once."""
+        found = dict[str, Any]()
+        for key, value in self.entries.items():
+            name = key.replace("-", sign).replace("_", sign)
+            if name in found:
+                raise self.fault(key, value, "it stands there in another spelling, too")
+            found[name] = value
+        return found
+
     def text(self, key: str) -> str:
         """A text that is not empty."""
         value = self.entries[key]

@@ -215,12 +215,12 @@ class StageReading:
 
     def _section(self, name: str) -> dict[str, Any] | None:
         """A command's options under the recipe's own for all of its kind; None: not run."""
-        shared = self.top.mapping(name) if name in ("sample", "verify") else {}
+        shared = self._shared(name) if name in ("sample", "verify") else {}
         given = self.own.take(name, False if name in ("dropout", "check") else {})
         if given is False:
             return None
         section = self.own.below(f"{self.own.where}.{name}", given)
-        return self._command_options({**dashed(shared), **dashed(section.entries)}, section)
+        return self._command_options({**shared, **section.spelled("-")}, section)
 
     def _check_pairs(self, sections: Mapping[str, Any], data: str | None) -> None:
         own = self.own
@@ -253,8 +253,8 @@ class StageReading:
         given = own.take("evaluate", top.has("evaluate") and self.kind in TRAINING)
         if given is False:
             return None, ()
-        own_options = {} if given is True else own.below(f"{own.where}.evaluate", given).entries
-        options = {**dashed(top.mapping("evaluate")), **dashed(own_options)}
+        own_options = own.below(f"{own.where}.evaluate", None if given is True else given)
+        options = {**self._shared("evaluate"), **own_options.spelled("-")}
         at = own.below(f"{own.where}.evaluate", options)
         questions = at.take("questions", None)
         if questions is None:
@@ -288,19 +288,22 @@ class StageReading:
     def _options(self) -> dict[str, Any]:
         """What is left of the stage's keys: options of its command."""
         if self.kind not in TRAINING:
-            options = dashed(self.own.entries)
+            options = self.own.spelled("-")
             if self.kind == "evaluate":
-                shared = dashed(self.top.mapping("evaluate"))
+                shared = self._shared("evaluate")
                 shared.pop("questions", None)
                 options = {**shared, **options}
             return self._command_options(options, self.own)
-        common = self.top.mapping("common")
-        options = {str(k).replace("-", "_"): v for k, v in {**common, **self.own.entries}.items()}
+        options = {**self._shared("common", "_"), **self.own.spelled("_")}
         self._refuse_said(options, self.own)
         return {
             key: self._path_value(key, value, self.own) if key in TRAINING_PATHS else value
             for key, value in options.items()
         }
+
+    def _shared(self, name: str, sign: str = "-") -> dict[str, Any]:
+        """The recipe's options for all stages of a kind."""
+        return self.top.below(name, self.top.mapping(name)).spelled(sign)
 
     def _command_options(self, options: Mapping[str, Any], at: Entries) -> dict[str, Any]:
         self._refuse_said(options, at)
@@ -372,8 +375,3 @@ def _places(named: Mapping[str, Any]) -> list[tuple[str, Place]]:
         for item in (value if isinstance(value, list) else [value])
         if isinstance(item, Place)
     ]
-
-
-def dashed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of our commands, which are written with dashes."""
-    return {str(key).replace("_", "-"): value for key, value in options.items()}

@@ -314,6 +314,26 @@ def test_what_an_input_is(tmp_path: Path) -> None:
     assert digest_input(tmp_path / "t-*.parquet") != first
 
 
+def test_what_an_input_stands_on(tmp_path: Path) -> None:
+    """An adapter is its base, too; accelerate's configuration is DeepSpeed's."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder in (base, adapter):
+        folder.mkdir()
+    (base / "config.json").write_text("{}")
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    (adapter / "adapter_model.safetensors").write_text("x")
+    first = digest_input(adapter)
+    (base / "config.json").write_text('{"hidden_size": 2}')
+    assert digest_input(adapter) != first
+    deepspeed, launch = tmp_path / "zero.json", tmp_path / "accelerate.yaml"
+    deepspeed.write_text("{}")
+    launch.write_text(f"deepspeed_config: {{deepspeed_config_file: {deepspeed}}}\n")
+    first = digest_input(launch)
+    deepspeed.write_text('{"zero_optimization": {"stage": 3}}')
+    assert digest_input(launch) != first
+
+
 def test_the_run_of_another_recipe_is_refused(play: Play) -> None:
     Manifest(play.folder / "manifest.json", 0, "other").write()
     with pytest.raises(UserError, match=r"holds a run of recipe 'other' with seed 0; choose anoth"):

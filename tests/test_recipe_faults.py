@@ -80,6 +80,10 @@ WRONG = [
     ({}, {"pairs": {"questions": []}}, "stages.pairs.questions is []; give at least one file"),
     ({}, {"Rl": {"kind": "rl"}}, "stages: 'Rl' is no name for a stage: small letters, digits, - "),
     ({}, {"logs": {"kind": "rl"}}, "stages: 'logs' is no name for a stage"),
+    ({"common": {"bf16": True, "max_steps": 2, "max-steps": 3}}, {}, "common.max-steps is 3; it "
+        "stands there in another spelling, too"),
+    ({"sample": {"max-tokens": 2, "max_tokens": 3}}, {}, "sample.max_tokens is 3; it stands "),
+    ({}, {"mpo": {"max-steps": 2, "max_steps": 3}}, "stages.mpo.max_steps is 3; it stands "),
 ]  # fmt: skip
 
 
