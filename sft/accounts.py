@@ -26,7 +26,7 @@ class Accounts:
         self.limits = limits
         groups = ["text", "images", *(f"data/{name}" for name in names)]
         keys = [f"{group}/{what}" for group in groups for what in ("samples", "tokens")]
-        more = ["tiles", "pieces", "split", "packs"] if limits is not None else []
+        more = ["tiles", "pieces", "split", "dropped", "packs"] if limits is not None else []
         self.totals = dict.fromkeys(keys + more, 0.0)
 
     def tally(self, rows: Sequence[Row], examples: Sequence[Example]) -> dict[str, float]:
@@ -43,6 +43,7 @@ class Accounts:
                 found["tiles"] += example.num_tiles
                 found["pieces"] += part < 1
                 found["split"] += part if part < 1 else 0.0
+                found["dropped"] += sum(example.completion_values["dropped"])
         return found
 
     def note(self, counts: Mapping[str, float], metrics: Metrics) -> None:
@@ -93,6 +94,8 @@ class Accounts:
             )
             if total["pieces"]:
                 yield f"split: {total['split']:.0f} samples in {total['pieces']:.0f} pieces"
+            if total["dropped"]:
+                yield f"cut: {total['dropped']:.0f} tokens of questions longer than a pack"
 
 
 def _part_of_sample(example: Example) -> float:

@@ -58,7 +58,11 @@ def with_length(example: Example) -> Example:
     """The sample with the number of its response tokens, the averaging's x, as a value."""
     assert example.loss_masks is not None
     lengths = [float(sum(mask)) for mask in example.loss_masks]
-    return replace(example, completion_values={"sample_length": lengths})
+    return _with_values(example, lengths, [0.0] * len(lengths))
+
+
+def _with_values(example: Example, lengths: list[float], dropped: list[float]) -> Example:
+    return replace(example, completion_values={"sample_length": lengths, "dropped": dropped})
 
 
 def split_example(example: Example, longest: int) -> list[Example]:
@@ -68,12 +72,15 @@ def split_example(example: Example, longest: int) -> list[Example]:
     ids = [*example.prompt_ids, *completion]
     split = split_long(ids, [*(False for _ in example.prompt_ids), *mask], longest)
     return [
-        replace(
-            example,
-            prompt_ids=piece.ids[: piece.prompt_length],
-            completions=[piece.ids[piece.prompt_length :]],
-            loss_masks=[piece.mask[piece.prompt_length :]],
-            completion_values={"sample_length": [float(piece.sample_length)]},
+        _with_values(
+            replace(
+                example,
+                prompt_ids=piece.ids[: piece.prompt_length],
+                completions=[piece.ids[piece.prompt_length :]],
+                loss_masks=[piece.mask[piece.prompt_length :]],
+            ),
+            [float(piece.sample_length)],
+            [float(piece.dropped)],
         )
         for piece in split.pieces
     ]

@@ -32,7 +32,8 @@ class Piece:
     """A stretch of a sample that is trained on by itself.
 
     start, stop: its place in the sample. ids: its tokens. mask: True for the tokens that this piece
-    scores. sample_length: response tokens of the whole sample, the averaging's x.
+    scores. sample_length: response tokens of the whole sample, the averaging's x. dropped: tokens
+    in front of it, and behind the last piece, that no piece holds.
     """
 
     start: int
@@ -40,6 +41,7 @@ class Piece:
     ids: list[int]
     mask: list[bool]
     sample_length: int
+    dropped: int = 0
 
     @property
     def prompt_length(self) -> int:
@@ -90,17 +92,18 @@ def split_long(
     # where an answer is over and the next turn begins
     turns = [place + 1 for place in scored if place + 1 == len(mask) or not mask[place + 1]]
     pieces: list[Piece] = []
-    dropped = repeated = seen = 0  # seen: where the last piece ended
+    repeated = seen = 0  # seen: where the last piece ended
     done = 0  # how many of the scored tokens are in a piece
     while done < len(scored):
         start, stop = _span(scored[done], seen, turns, len(ids), max_tokens, overlap)
         context = scored[done] - start
         piece_mask = [False] * context + list(mask[scored[done] : stop])
-        pieces.append(Piece(start, stop, list(ids[start:stop]), piece_mask, len(scored)))
-        dropped += max(0, start - seen)
+        done = bisect_left(scored, stop)
+        dropped = max(0, start - seen) + (len(ids) - stop if done == len(scored) else 0)
+        pieces.append(Piece(start, stop, list(ids[start:stop]), piece_mask, len(scored), dropped))
         repeated += max(0, seen - start)
-        seen, done = stop, bisect_left(scored, stop)
-    return Split(tuple(pieces), dropped + len(ids) - seen, repeated)
+        seen = stop
+    return Split(tuple(pieces), sum(piece.dropped for piece in pieces), repeated)
 
 
 def _span(

@@ -130,6 +130,24 @@ def test_text_over_a_pack_is_split_and_weighs_as_a_whole(
     assert "drawn: 4 samples" in next(trainer._accounts.describe())
 
 
+def test_what_a_question_over_a_pack_loses_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    """Its answer fits, so it is one piece, without the question's beginning."""
+    said = ["the red bar is " * 60 + "5 ?", "Final Answer: 9"]
+    turns = [{"from": who, "value": text} for who, text in zip(("human", "gpt"), said, strict=True)]
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"id": 0, "conversations": turns}) + "\n")
+    limits = {"max_tokens_per_microbatch": 150, "per_device_train_batch_size": 20}
+    trainer, (step,) = packed_steps(tiny_model, tmp_path, rows_of(file), **limits)
+    (batch,) = step.microbatches
+    whole = trainer.encode(rows_of(file)[0])
+    assert batch.lengths.tolist() == [sum(whole.loss_masks[0])]
+    lost = whole.num_tokens - len(batch.input_ids)
+    assert lost > 90
+    trainer.note_counts(step.counts)
+    told = list(trainer._accounts.describe())[-1]
+    assert told == f"cut: {lost} tokens of questions longer than a pack"
+
+
 def test_packs_are_drawn_by_the_data_seed_and_augmented_anew_in_each_epoch(
     tiny_model: Path, pictures: Path, tmp_path: Path
 ) -> None:
