@@ -18,6 +18,7 @@ from internvl.sampler_options import add_servers, check_sampler_options, open_as
 from internvl.terminal import Command
 
 if TYPE_CHECKING:
+    from cascade.evaluate import EvaluationConfig
     from internvl.sampler import StreamSampler
     from rewards.judging import Verifier
 
@@ -71,22 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`cascade evaluate`."""
-    from cascade.evaluate import Evaluation, EvaluationConfig, is_finished
+    from cascade.evaluate import Evaluation, is_finished
 
-    _check(args)
-    config = EvaluationConfig(
-        args.samples,
-        args.max_tokens,
-        args.max_tiles,
-        args.seed,
-        args.temperature,
-        args.top_p,
-        args.top_k,
-        tuple(args.prompts),
-        args.cot_style,
-        dict(_named_text(item) for item in args.count),
-    )
-    config.sampling()  # what cannot be honoured is told before anything is read
+    check_options(args)
+    config = _config(args)
     for file in args.questions:
         check_input(file)
     facts = _facts(args)
@@ -125,8 +114,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"{sum(1 for _ in lines)} bad row(s) put aside in {bad_rows}")
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Raise `UserError` for options that cannot be honoured."""
+def check_options(args: argparse.Namespace) -> None:
+    """Raise `UserError` for options that cannot be honoured; nothing is read for it."""
     for name in ("samples", "max_tokens", "max_tiles", "first"):
         value = vars(args)[name]
         if value is not None and value < 1:
@@ -141,6 +130,24 @@ def _check(args: argparse.Namespace) -> None:
             "need a temperature above 0"
         )
     check_sampler_options(args)
+    _config(args).sampling()
+
+
+def _config(args: argparse.Namespace) -> EvaluationConfig:
+    from cascade.evaluate import EvaluationConfig
+
+    return EvaluationConfig(
+        args.samples,
+        args.max_tokens,
+        args.max_tiles,
+        args.seed,
+        args.temperature,
+        args.top_p,
+        args.top_k,
+        tuple(args.prompts),
+        args.cot_style,
+        dict(_named_text(item) for item in args.count),
+    )
 
 
 def _facts(args: argparse.Namespace) -> dict[str, Any]:

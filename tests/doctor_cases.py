@@ -194,6 +194,14 @@ def _missing_file(folder: Path) -> None:
     (folder / "heldout.jsonl").unlink()
 
 
+def _same_names(folder: Path) -> None:
+    (folder / "more").mkdir()
+    shutil.copy(folder / "heldout.jsonl", folder / "more")
+    shutil.copytree(folder / "images", folder / "more" / "images")
+    both = ["heldout.jsonl", "more/heldout.jsonl"]
+    change_recipe(folder, lambda r: r["evaluate"].update(questions=both))
+
+
 def _blank(folder: Path) -> None:
     """Pictures that are whole are no fault, whatever they show."""
     for file in (folder / "images" / "sft").glob("*.png"):
@@ -285,6 +293,13 @@ PLANTED = [
         {"data.leak": "error"},
         "3 of 10 held-out questions are trained on: line 1 is line 13 of",
         "take these lines out",
+    ),
+    Planted(
+        "held-out files of one name",
+        _same_names,
+        {"data.names": "warning"},
+        "2 files of held-out questions are named heldout: one data set to an evaluation",
+        "name them apart",
     ),
     Planted(
         "weights of zeros",

@@ -248,6 +248,18 @@ def test_the_launcher_is_asked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "unknown keys (['num_procs'])" in told
 
 
+def test_an_evaluation_s_options_are_asked_too() -> None:
+    words = ["cascade", "evaluate", "q.jsonl", "--model", "m", "--output", "o"]
+    for more, told in {
+        "--samples=0": "--samples is 0; give 1 or more",
+        "--temperature=0": "--temperature is 0; the greedy answers are reported in any case, and "
+        "the samples need a temperature above 0",
+        "--count=careless": "--count 'careless': expected NAME=TEXT",
+    }.items():
+        assert _examine({"kind": "evaluate", "words": [*words, more]}) == (told, {})
+    assert _examine({"kind": "evaluate", "words": words}) == (None, {})
+
+
 def test_options_are_asked_once(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     none = Checked((), {})

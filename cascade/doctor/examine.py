@@ -167,6 +167,11 @@ class Examination:
         for scanned in self.scanned:
             if scanned.file.path in held:
                 found += check_leak(scanned, learned)
+        for name, paths in self.facts.same_names().items():
+            told = f"{len(paths)} files of held-out questions are named {name}: one data set to an "
+            told += "evaluation, which stops where an id stands in both"
+            cure = 'name them apart, or give their questions a "dataset"'
+            found.append(warning("data.names", told, some([str(p) for p in paths], 2), cure=cure))
         encoder = self.checkpoints.encoder(self.checkpoints.main)
         return found + check_lengths(self.facts, self.scanned, encoder)
 

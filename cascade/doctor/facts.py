@@ -247,6 +247,17 @@ class Facts:
         """The files that stages look at without learning from them."""
         return {file.path for file in self._files() if not file.trained}
 
+    def same_names(self) -> dict[str, list[Path]]:
+        """Files of held-out questions by a name that several have in one evaluation."""
+        found: dict[str, list[Path]] = {}
+        for spec in self.stages.values():
+            paths = list(dict.fromkeys(self.path(place) for place in self._held_out_of(spec)))
+            for path in paths:
+                same = [other for other in paths if other.stem == path.stem]
+                if len(same) > 1:
+                    found[path.stem] = same
+        return found
+
     def _held_out_of(self, spec: StageSpec) -> Sequence[Place]:
         return spec.questions if spec.kind == "evaluate" else spec.evaluate_questions
 
