@@ -1,7 +1,7 @@
 """A recipe with several seeds: a run each in <output>/seed-N, some at a time; then the ablation.
 
-Each is a `cascade run` of its own, its output in seed-N/run.log. One that fails does not stop the
-others: what became of it is told, and stands in ablation.json.
+Each is a `cascade run` of its own, its output in seed-N/run.log; here stands which process it is
+at. One that fails does not stop the others: what became of it is told, and stands in ablation.json.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class _Run:
     process: subprocess.Popen[bytes]
     log: Path
     said: int  # bytes of the log that earlier starts wrote
+    told: int  # bytes of the log whose processes were told
     start: float
 
 
@@ -79,6 +80,8 @@ class _Runs:
                 while waiting and len(self.alive) < self.recipe.parallel:
                     self.alive.append(self._start(waiting.pop(0)))
                 time.sleep(_PAUSE)
+                for run in self.alive:
+                    _tell_processes(run)
                 for run in [run for run in self.alive if run.process.poll() is not None]:
                     self._finish(run)
         finally:
@@ -102,7 +105,7 @@ class _Runs:
                 pass_fds=[self.lock],
                 env=self._environment(),
             )
-        return _Run(seed, process, log, said, time.monotonic())
+        return _Run(seed, process, log, said, said, time.monotonic())
 
     def _environment(self) -> Mapping[str, str]:
         """Several runs on one machine have a thread a process, unless it is said otherwise."""
@@ -111,6 +114,7 @@ class _Runs:
 
     def _finish(self, run: _Run) -> None:
         self.alive.remove(run)
+        _tell_processes(run)
         seconds = f"{time.monotonic() - run.start:.0f} s"
         if run.process.returncode:
             self.codes.add(run.process.returncode)
@@ -136,6 +140,22 @@ def seed_command(recipe: Recipe, folder: Path, seed: int, options: RunOptions) -
     if overlap is not None:
         words += ["--overlap", "on" if overlap else "off"]
     return words
+
+
+def _tell_processes(run: _Run) -> None:
+    """A line for each process that has begun, or was done before, since the last look."""
+    size = run.log.stat().st_size
+    if size == run.told:
+        return
+    with run.log.open("rb") as file:
+        file.seek(run.told)
+        lines, end, _ = file.read(size - run.told).rpartition(b"\n")
+    run.told += len(lines) + len(end)
+    for line in lines.decode(errors="replace").splitlines():
+        name, colon, rest = line.removeprefix("== ").partition(":")
+        if line.startswith("== ") and colon:
+            done = ": done before" if rest.startswith(" done before") else ""
+            print(f"seed {run.seed}: {name}{done}", flush=True)
 
 
 def _last_error(log: Path, start: int) -> str:
