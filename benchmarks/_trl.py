@@ -36,6 +36,20 @@ def compact_head(wanted: bool = True) -> Iterator[None]:
         utils._use_triton = original
 
 
+def quiet_options(output: Path, device: str, learning_rate: float = 1e-5) -> dict[str, Any]:
+    """What every trainer is given, ours and TRL's: this optimizer, this precision, no reports."""
+    return {
+        "output_dir": str(output),
+        "bf16": device == "cuda",
+        "use_cpu": device == "cpu",
+        "report_to": "none",
+        "optim": "adamw_torch_fused",
+        "learning_rate": learning_rate,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+
+
 def load_plain(folder: Path, device: str, dtype: torch.dtype) -> Any:
     """transformers' own model with SDPA."""
     model = transformers.InternVLForConditionalGeneration.from_pretrained(
@@ -44,32 +58,58 @@ def load_plain(folder: Path, device: str, dtype: torch.dtype) -> Any:
     return model.to(device)
 
 
-class TRLPairs:
+class _Padded:
+    """What TRL's DPO and SFT trainers share here: rows as text and decoded images, padded."""
+
+    scored: str  # the key of a batch that marks what is scored, and the value of what is not
+    unscored: int
+    trainer: Any
+
+    def __init__(self, folder: Path, rows: Sequence[Row], device: str, dtype: torch.dtype):
+        self.rows, self.processor = rows, load_processor(str(folder))
+        self.model = load_plain(folder, device, dtype)
+
+    def texts(self, row: Row, end: str) -> dict[str, str]:
+        """The columns of a row; end: what ends a reply."""
+        raise NotImplementedError
+
+    def collate(self, indices: Sequence[int]) -> Any:
+        """TRL's collator on the rows at `indices`."""
+        end = self.processor.tokenizer.convert_ids_to_tokens(eos_token_id(self.processor))
+        rows = [self.rows[index] for index in indices]
+        return self.trainer.data_collator(
+            [{"images": row.load_images(), **self.texts(row, end)} for row in rows]
+        )
+
+    def work(self, batch: Any, *, compact: bool = True) -> Work:
+        """What a forward on a collated batch computes."""
+        rows, length = batch["input_ids"].shape
+        scored = (
+            int((batch[self.scored] != self.unscored).sum()) if compact else rows * (length - 1)
+        )
+        return padded_work(rows, length, len(batch["pixel_values"]), scored)
+
+
+class TRLPairs(_Padded):
     """TRL's DPOTrainer with MPO's three losses and a reference model, on the rows of ours."""
+
+    scored, unscored = "completion_mask", 0
 
     def __init__(
         self, folder: Path, rows: Sequence[Row], output: Path, device: str, dtype: torch.dtype
     ):
         from trl import DPOConfig, DPOTrainer
 
-        self.rows, self.processor = rows, load_processor(str(folder))
-        self.model = load_plain(folder, device, dtype)
+        super().__init__(folder, rows, device, dtype)
         args = DPOConfig(
-            output_dir=str(output),
             loss_type=["sigmoid", "bco_pair", "sft"],
             loss_weights=[0.8, 0.2, 1.0],
             beta=0.1,
             max_length=None,  # its 1,024 would cut images
             gradient_checkpointing=False,
-            bf16=device == "cuda",
-            use_cpu=device == "cpu",
-            report_to="none",
-            optim="adamw_torch_fused",
-            learning_rate=1e-5,
-            disable_tqdm=True,
-            save_strategy="no",
+            **quiet_options(output, device),
         )
-        self.trainer: Any = DPOTrainer(
+        self.trainer = DPOTrainer(
             self.model,
             copy.deepcopy(self.model).requires_grad_(False),
             args,
@@ -78,59 +118,38 @@ class TRLPairs:
         )
         self.trainer.current_gradient_accumulation_steps = 1
 
-    def collate(self, indices: Sequence[int]) -> Any:
-        """TRL's collator on the pairs at `indices`, as text and decoded images."""
-        end = self.processor.tokenizer.convert_ids_to_tokens(eos_token_id(self.processor))
-        examples = []
-        for row in (self.rows[index] for index in indices):
-            examples.append(
-                {
-                    "images": row.load_images(),
-                    "prompt": render_prompt(self.processor, row.data["question"]),
-                    "chosen": row.data["chosen"] + end,
-                    "rejected": row.data["rejected"] + end,
-                }
-            )
-        return self.trainer.data_collator(examples)
+    def texts(self, row: Row, end: str) -> dict[str, str]:
+        """Prompt, chosen and rejected."""
+        prompt = render_prompt(self.processor, row.data["question"])
+        replies = {name: row.data[name] + end for name in ("chosen", "rejected")}
+        return {"prompt": prompt, **replies}
 
     def inject_reference(self, wanted: bool) -> None:
         """Take reference log-probabilities from the batch: what TRL refuses for images."""
         self.trainer.precompute_ref_logps = wanted
 
-    def work(self, batch: Any, *, compact: bool = True) -> Work:
-        """What a forward on a collated batch computes."""
-        rows, length = batch["input_ids"].shape
-        scored = int(batch["completion_mask"].sum()) if compact else rows * (length - 1)
-        return padded_work(rows, length, len(batch["pixel_values"]), scored)
 
-
-class TRLConversations:
+class TRLConversations(_Padded):
     """TRL's SFTTrainer on prompt and completion, the completion's tokens scored, as ours are.
 
     It pads: packing and padding-free are refused for images.
     """
+
+    scored, unscored = "labels", -100
 
     def __init__(
         self, folder: Path, rows: Sequence[Row], output: Path, device: str, dtype: torch.dtype
     ):
         from trl import SFTConfig, SFTTrainer
 
-        self.rows, self.processor = rows, load_processor(str(folder))
-        self.model = load_plain(folder, device, dtype)
+        super().__init__(folder, rows, device, dtype)
         args = SFTConfig(
-            output_dir=str(output),
             completion_only_loss=True,
             max_length=None,  # its 1,024 would cut images
             gradient_checkpointing=False,
-            bf16=device == "cuda",
-            use_cpu=device == "cpu",
-            report_to="none",
-            optim="adamw_torch_fused",
-            learning_rate=1e-5,
-            disable_tqdm=True,
-            save_strategy="no",
+            **quiet_options(output, device),
         )
-        self.trainer: Any = SFTTrainer(
+        self.trainer = SFTTrainer(
             self.model,
             args,
             train_dataset=Dataset.from_list([{"images": [], "prompt": "", "completion": ""}]),
@@ -138,28 +157,15 @@ class TRLConversations:
         )
         self.trainer.current_gradient_accumulation_steps = 1
 
-    def collate(self, indices: Sequence[int]) -> Any:
-        """TRL's collator on the conversations at `indices`, as text and decoded images."""
-        end = self.processor.tokenizer.convert_ids_to_tokens(eos_token_id(self.processor))
-        examples = []
-        for row in (self.rows[index] for index in indices):
-            asked, said = (turn["value"] for turn in row.data["conversations"])
-            prompt = render_prompt(self.processor, asked)
-            examples.append(
-                {"images": row.load_images(), "prompt": prompt, "completion": said + end}
-            )
-        return self.trainer.data_collator(examples)
+    def texts(self, row: Row, end: str) -> dict[str, str]:
+        """Prompt and completion."""
+        asked, said = (turn["value"] for turn in row.data["conversations"])
+        return {"prompt": render_prompt(self.processor, asked), "completion": said + end}
 
     def loss(self, batch: Any) -> float:
         """Its own loss of a batch: the mean over the scored tokens."""
         with torch.no_grad():
             return float(self.trainer.compute_loss(self.model, self.trainer._prepare_inputs(batch)))
-
-    def work(self, batch: Any, *, compact: bool = True) -> Work:
-        """What a forward on a collated batch computes."""
-        rows, length = batch["input_ids"].shape
-        scored = int((batch["labels"] != -100).sum()) if compact else rows * (length - 1)
-        return padded_work(rows, length, len(batch["pixel_values"]), scored)
 
 
 class TRLGroups:
@@ -183,7 +189,6 @@ class TRLGroups:
         self.rows, self.processor = rows, load_processor(str(folder))
         self.model = load_plain(folder, device, dtype)
         args = GRPOConfig(
-            output_dir=str(output),
             per_device_train_batch_size=generations,
             num_generations=generations,
             steps_per_generation=2,
@@ -194,13 +199,7 @@ class TRLGroups:
             epsilon_high=4e-4,
             beta=0.0,
             gradient_checkpointing=False,
-            bf16=device == "cuda",
-            use_cpu=device == "cpu",
-            report_to="none",
-            optim="adamw_torch_fused",
-            learning_rate=1e-6,
-            disable_tqdm=True,
-            save_strategy="no",
+            **quiet_options(output, device, 1e-6),
         )
         self.trainer: Any = GRPOTrainer(
             self.model,

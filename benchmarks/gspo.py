@@ -43,7 +43,8 @@ from benchmarks._measure import (  # noqa: E402
     run_benchmark,
     seconds,
 )
-from benchmarks._trl import TRLGroups, compact_head  # noqa: E402
+from benchmarks._sides import open_shape  # noqa: E402
+from benchmarks._trl import TRLGroups, compact_head, quiet_options  # noqa: E402
 from internvl.chat import encode_reply, load_processor, render_prompt  # noqa: E402
 from internvl.checkpoint import load_model  # noqa: E402
 from internvl.data import Row  # noqa: E402
@@ -151,7 +152,6 @@ class Case:
 
         processor = load_processor(str(self.folder / "model"))
         args = RLConfig(
-            output_dir=str(self.folder / "ours"),
             train_file="rows.jsonl",
             max_steps=100,
             per_device_train_batch_size=1,
@@ -159,13 +159,7 @@ class Case:
             steps_per_generation=1,
             canary_questions=0,  # no sampler is compared with
             freeze_vit=False,
-            bf16=self.device == "cuda",
-            use_cpu=self.device == "cpu",
-            report_to="none",
-            optim="adamw_torch_fused",
-            learning_rate=1e-6,
-            disable_tqdm=True,
-            save_strategy="no",
+            **quiet_options(self.folder / "ours", self.device, 1e-6),
         )
         return RLTrainer(
             load_model(self.folder / "model", dtype=self.dtype).to(self.device),
@@ -272,10 +266,7 @@ def parse() -> argparse.Namespace:
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     """Measure; for `--memory-of` the number is printed and nothing returned."""
-    shape = {"small": data.SMALL, "quick": data.QUICK, **data.GPU_SHAPES}[args.shape]
-    if not (folder / "model").exists():
-        dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-        data.make_model(shape, folder / "model", dtype)
+    shape = open_shape(args, folder)
     if args.memory_of:
         print(memory_of(Case(folder, shape, args.cases[0], args.device), args.memory_of))
         return None

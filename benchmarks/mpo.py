@@ -22,7 +22,6 @@ is given reference values (TRL has no such mode for images), so what is left is 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,108 +34,43 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from benchmarks import data  # noqa: E402
-from benchmarks._flops import (  # noqa: E402
-    Work,
-    forward_flops,
-    model_flops,
-    packed_work,
-    step_flops,
-)
-from benchmarks._measure import (  # noqa: E402
-    compared,
-    facts,
-    grown_alone,
-    memory_of,
-    optimizer_step,
-    run_benchmark,
-    take_turns,
-)
-from benchmarks._trl import TRLPairs, compact_head  # noqa: E402
+from benchmarks._flops import forward_flops  # noqa: E402
+from benchmarks._measure import Steps, run_benchmark  # noqa: E402
+from benchmarks._sides import Ours, Sides, measure, open_shape, parse  # noqa: E402
+from benchmarks._trl import TRLPairs  # noqa: E402
 from internvl.checkpoint import load_model  # noqa: E402
-from internvl.data import Row  # noqa: E402
 
 PAIRS_A_STEP = 4
 VARIANTS = ("ours", "ours_ref", "ours_gc", "trl", "trl_injected", "trl_cpu_head", "trl_gc")
-ON_GPU = ("ours", "ours_gc", "trl", "trl_gc")  # its head is the compact one anyway
+WITH_REFERENCE = ("ours_ref", "trl", "trl_cpu_head", "trl_gc")  # its forward is in the step
 
 
-class Ours:
-    """MPOTrainer and its optimizer."""
+class Pairs(Sides):
+    """MPOTrainer and TRL's DPOTrainer."""
 
-    def __init__(self, folder: Path, rows: Sequence[Row], device: str, dtype: str):
-        from internvl.chat import load_processor
-        from mpo.config import MPOConfig
-        from mpo.trainer import MPOTrainer
+    _reference: Any = None
 
-        args = MPOConfig(
-            output_dir=str(folder / "ours"),
-            train_file="rows.jsonl",
-            per_device_train_batch_size=PAIRS_A_STEP,
-            bf16=device == "cuda",
-            use_cpu=device == "cpu",
-            report_to="none",
-            optim="adamw_torch_fused",
-            learning_rate=1e-5,
-            disable_tqdm=True,
-            save_strategy="no",
-        )
-        self.model: Any = load_model(folder / "model", dtype=dtype).to(device)
-        self.trainer: Any = MPOTrainer(
-            self.model,
-            args,
-            rows,
-            processing_class=load_processor(str(folder / "model")),
-        )
-        self.trainer._announced = True  # the line about the first loss is not for a benchmark
-
-    def collate(self, indices: Sequence[int]) -> Any:
-        """The step's packed batch, as the data loader makes it."""
-        return self.trainer.collator([self.trainer.train_dataset[index] for index in indices])
-
-    def work(self, indices: Sequence[int]) -> Work:
-        """What a forward on these pairs needs."""
-        pairs = [self.trainer.encode(self.trainer.train_dataset[index]) for index in indices]
-        lengths = [[len(ids) for ids in pair.completions] for pair in pairs]
-        tiles = sum(pair.num_tiles for pair in pairs)
-        return packed_work([len(pair.prompt_ids) for pair in pairs], lengths, tiles)
-
-
-class Sides:
-    """Both trainers, and a step of each variant."""
-
-    def __init__(self, folder: Path, shape: data.Shape, rows: Sequence[Row], device: str):
-        self.folder, self.shape, self.rows, self.device = folder, shape, rows, device
-        self.dtype = "float32" if device == "cpu" else "bfloat16"
-        self._made: dict[str, Any] = {}
-        self._optimizers: dict[str, Any] = {}
-        self._reference: Any = None
-
-    def side(self, variant: str) -> Any:
-        """The side that a variant belongs to, made when first asked for."""
-        name = variant.partition("_")[0]
-        if name not in self._made:
-            if name == "ours":
-                side: Any = Ours(self.folder, self.rows, self.device, self.dtype)
-            else:
-                dtype = getattr(torch, self.dtype)
-                places = (self.folder / "model", self.rows, self.folder / "trl")
-                side = TRLPairs(*places, self.device, dtype)
-            self._made[name] = side
-            self._optimizers[name] = side.trainer.create_optimizer()
-        return self._made[name]
+    def make(self, name: str) -> Any:
+        """Either side."""
+        if name == "ours":
+            places = ("mpo", self.folder, self.rows)
+            given = {"per_device_train_batch_size": PAIRS_A_STEP}
+            ours = Ours(*places, self.device, self.dtype, **given)
+            ours.trainer._announced = True  # the line about the first loss is not for a benchmark
+            return ours
+        places = (self.folder / "model", self.rows, self.folder / "trl")
+        return TRLPairs(*places, self.device, getattr(torch, self.dtype))
 
     def prepare(self, variant: str) -> None:
-        """Whatever a variant holds before its first step."""
-        side = self.side(variant)
+        """Gradient checkpointing, and our reference model."""
+        super().prepare(variant)
         if variant == "ours_ref" and self._reference is None:
             reference = load_model(self.folder / "model", dtype=self.dtype).to(self.device)
             self._reference = reference.requires_grad_(False).eval()
-        switch = "enable" if variant.endswith("_gc") else "disable"
-        getattr(side.model, f"gradient_checkpointing_{switch}")()
 
     def collate(self, variant: str, indices: Sequence[int]) -> Any:
-        """A batch for a variant; TRL's trainer changes it, so each step has its own."""
-        inputs = self.side(variant).collate(indices)
+        """A batch, for `trl_injected` with reference values."""
+        inputs = super().collate(variant, indices)
         if variant == "trl_injected":
             inputs["ref_chosen_logps"] = inputs["ref_rejected_logps"] = torch.full(
                 (len(indices),), -1000.0, device=self.device
@@ -144,114 +78,50 @@ class Sides:
         return inputs
 
     def step(self, variant: str, inputs: Any) -> None:
-        """One optimizer step."""
+        """One optimizer step, for `ours_ref` after a reference model's forward."""
         side = self.side(variant)
-        trainer, optimizer = side.trainer, self._optimizers[variant.partition("_")[0]]
         if variant == "ours_ref":
             with torch.no_grad():
                 for batch in inputs["step"].microbatches:
-                    logps = trainer.score(self._reference, batch).logprobs
+                    logps = side.trainer.score(self._reference, batch).logprobs
                     batch.sum_by_completion(logps.to(batch.lengths.device))
         if variant.startswith("trl"):
             side.inject_reference(variant == "trl_injected")
-        with compact_head(variant.startswith("trl") and variant != "trl_cpu_head"):
-            optimizer_step(trainer, side.model, optimizer, inputs)
+        super().step(variant, inputs)
 
     def flops(self, variant: str, indices: Sequence[int]) -> float:
-        """Operations of one step."""
-        gc = variant.endswith("_gc")
-        if variant.startswith("ours"):
-            work = self.side("ours").work(indices)
-            total = step_flops(self.shape, work, checkpointing=gc)
-            return total + (forward_flops(self.shape, work) if variant == "ours_ref" else 0.0)
-        side = self.side(variant)
-        work = side.work(side.collate(indices), compact=variant != "trl_cpu_head")
-        total = step_flops(self.shape, work, checkpointing=gc)
-        return total + (0.0 if variant == "trl_injected" else forward_flops(self.shape, work))
+        """Operations of one step, the reference model's with them."""
+        total = super().flops(variant, indices)
+        if variant in WITH_REFERENCE:
+            total += forward_flops(self.shape, self.work(variant, indices))
+        return total
 
-
-def report(
-    sides: Sides, taken: dict[str, Any], memory: dict[str, float], steps: Sequence[Sequence[int]]
-) -> dict[str, Any]:
-    """The numbers of the module's docstring, and what they are made of."""
-    sums = {name: sum(each) for name, each in taken["steps"].items()}
-    pairs = sum(len(indices) for indices in steps)
-    work = [sides.side("ours").work(indices) for indices in steps]
-    out: dict[str, Any] = {
-        **compared(sides, taken, memory, steps),
-        "pairs_a_second": {n: round(pairs / s, 3) for n, s in sums.items()},
-        "tokens_a_second": round(sum(w.tokens for w in work) / sums["ours"], 1),
-        "facts": facts(sides.device),
-    }
-    if sides.device == "cuda":
-        used = {n: sum(model_flops(sides.shape, w) for w in work) / s for n, s in sums.items()}
-        out["tflops_of_the_model"] = {n: round(rate / 1e12, 1) for n, rate in used.items()}
-    return out
-
-
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--shape", choices=("small", "quick", *data.GPU_SHAPES), default="small")
-    add("--steps", type=int, help="steps of 4 pairs (default: 8, all 32 pairs)")
-    add("--variants", nargs="+", choices=VARIANTS, help="for a look; --json needs the default")
-    add("--quick", action="store_true", help="a very small model and one step: does it run?")
-    add("--peak-tflops", type=float, help="of the GPU, for MFU (989 for an H100 in bf16)")
-    add("--json", action="store_true", help="end with one line of JSON")
-    add("--write-docs", action="store_true", help="write the table and the plot into docs/")
-    add("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
-    add("--folder", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.quick:
-        args.shape, args.steps = "quick", args.steps or 1
-    if args.device == "cuda" and args.shape == "small":
-        args.shape = "1b"
-    args.steps = args.steps or (8 if args.device == "cpu" else 4)
-    return args
+    def pace(self, sums: dict[str, float], steps: Steps) -> dict[str, Any]:
+        """Pairs of every variant and tokens of ours, a second."""
+        pairs = sum(len(indices) for indices in steps)
+        tokens = sum(self.work("ours", step).tokens for step in steps)
+        return {
+            "pairs_a_second": {name: round(pairs / spent, 3) for name, spent in sums.items()},
+            "tokens_a_second": round(tokens / sums["ours"], 1),
+        }
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     """Measure; for `--memory-of` the number is printed and nothing returned."""
-    shapes = {"small": data.SMALL, "quick": data.QUICK, **data.GPU_SHAPES}
-    shape = shapes[args.shape]
-    pairs = args.steps * PAIRS_A_STEP
-    sizes = data.pair_sizes()[:pairs]
-    if args.device == "cuda":
-        sizes = data.gpu_pair_sizes(pairs)
+    shape = open_shape(args, folder)
+    number = args.steps * PAIRS_A_STEP
+    cpu = args.device == "cpu"
+    sizes = data.pair_sizes()[:number] if cpu else data.gpu_pair_sizes(number)
     rows = data.make_rows(sizes, folder / "rows", shape.image_size)
-    if not (folder / "model").exists():
-        dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-        data.make_model(shape, folder / "model", dtype)
-    sides = Sides(folder, shape, rows, args.device)
-    steps = [
-        range(start, min(start + PAIRS_A_STEP, len(rows)))
-        for start in range(0, len(rows), PAIRS_A_STEP)
-    ]
-    if args.memory_of:
-        print(memory_of(sides, args.memory_of, steps))
-        return None
-    variants = args.variants or (VARIANTS if args.device == "cpu" else ON_GPU)
-    taken = take_turns(sides, variants, steps)
-    if args.variants:
-        return {
-            "seconds_a_step": {n: round(statistics.median(s), 3) for n, s in taken["steps"].items()}
-        }
-    given = ["--device", args.device, "--shape", args.shape, "--steps", str(args.steps)]
-    given += ["--folder", str(folder), "--memory-of"]
-    memory = {name: grown_alone(__file__, [*given, name]) for name in variants}
-    result = report(sides, taken, memory, steps)
-    if args.peak_tflops and args.device == "cuda":
-        rates = result["tflops_of_the_model"]
-        result["mfu"] = {n: round(rate / args.peak_tflops, 3) for n, rate in rates.items()}
-    return result
+    sides = Pairs(folder, shape, rows, args.device)
+    return measure(args, __file__, sides, PAIRS_A_STEP, sides.pace)
 
 
 def main() -> None:
     from benchmarks._report import write_mpo
 
-    run_benchmark(parse(), run, write_mpo)
+    args = parse(__doc__, VARIANTS, "4 pairs", 8)
+    run_benchmark(args, run, write_mpo)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ def test_all_arms_start_from_one_checkpoint_and_count_from_it() -> None:
     assert [*recipe.arms] == ["sft", "sft_more", "mpo", "gspo", "cascade"]
     assert recipe.stages["gspo_fresh"].optional
     assert recipe.compute_from == "sft" and len(recipe.seeds) >= 5
-    start = {name: recipe.stages[name].model for name in ("pairs", "warm", "mpo", "sft_more")}
-    start |= {name: recipe.stages[name].model for name in ("gspo", "gspo_fresh")}
+    start = {name: recipe.stages[name].model for name in ("pairs", "pairs_more", "warm")}
+    others = ("mpo", "sft_more", "gspo", "gspo_fresh")
+    start |= {name: recipe.stages[name].model for name in others}
     assert {str(place and place.stage) for place in start.values()} == {"sft"}
     cascade = recipe.stages["cascade"].model
     assert cascade is not None and cascade.stage == "warm"
-    for name in ("warm", "mpo", "sft_more"):
-        assert recipe.stages[name].data == "pairs"
+    data = {name: recipe.stages[name].data for name in ("warm", "mpo", "sft_more")}
+    assert data == {"warm": "pairs", "mpo": "pairs_more", "sft_more": "pairs_more"}
 
 
 def test_gspo_alone_is_built_as_the_cascades_and_the_fresh_one_differs() -> None:

@@ -13,12 +13,10 @@ from internvl.terminal import Command
 from sft.data_tools.options import (
     add_endpoint,
     add_files,
-    cache_faults_told,
     check_endpoint,
     check_limits,
     endpoint_facts,
     open_endpoint,
-    open_quarantine,
     option_name,
     tell_counts,
     write_summary,
@@ -84,36 +82,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """`sft filter`."""
     from sft.data_tools.filtering import RowFilter
-    from sft.data_tools.inputs import check_output, output_files, read_parts, write_meta
-    from sft.data_tools.working import decide_rows
+    from sft.data_tools.inputs import check_output
+    from sft.data_tools.running import run_tool
 
     check_output(args.input, args.output)
     check_limits(args)
     config = read_config(args)
     endpoint = None if args.base_url is None else open_endpoint(args)
-    quarantine = open_quarantine(args.output)
-    parts = read_parts(args.input, quarantine, image_root=args.image_root, max_bad=args.max_bad)
-    files = output_files(args.output, parts)
     deciding = RowFilter(config, endpoint)
-    try:
-        with cache_faults_told():
-            if endpoint is not None:
-                _check_endpoint(endpoint)
-            counts, kept = decide_rows(
-                *(parts, deciding.decide),
-                output=args.output,
-                files=files,
-                quarantine=quarantine,
-                workers=args.workers,
-                what="filtering",
-                rejects=True,
-            )
-    finally:
-        if endpoint is not None:
-            endpoint.close()
-    if parts[0].name is not None:
-        for name in write_meta(args.output, parts, files, kept, ""):
-            print(f"data set {name}: no row is kept, so {args.output.name} does not list it")
+    what = ("filtering", "kept")
+    counts = run_tool(args, deciding.decide, endpoint, _check_endpoint, what=what, rejects=True)
     facts = {**counts.facts(), "rules": _rules_told(config), **_scores_told(config, endpoint)}
     write_summary(args.output, {"command": "filter", "input": str(args.input), **facts})
     if unknown := set(config.accepted) - deciding.accepted:

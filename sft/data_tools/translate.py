@@ -13,12 +13,10 @@ from sft.data_tools.asking import tell_fault
 from sft.data_tools.options import (
     add_endpoint,
     add_files,
-    cache_faults_told,
     check_endpoint,
     check_limits,
     endpoint_facts,
     open_endpoint,
-    open_quarantine,
     tell_counts,
     write_summary,
 )
@@ -48,34 +46,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`sft translate`."""
-    from sft.data_tools.inputs import check_output, output_files, read_parts, write_meta
-    from sft.data_tools.working import decide_rows
+    from sft.data_tools.inputs import check_output
+    from sft.data_tools.running import run_tool
 
     check_output(args.input, args.output)
     check_options(args)
     endpoint = open_endpoint(args)
-    quarantine = open_quarantine(args.output)
-    parts = read_parts(args.input, quarantine, image_root=args.image_root, max_bad=args.max_bad)
+
+    def check(endpoint: Endpoint) -> None:
+        request = endpoint.request(messages(_CHECK, args.language))
+        check_endpoint(endpoint, request, reader(_CHECK, args.language))
+
+    translator = RowTranslator(endpoint, args.language, args.context)
     suffix = "_" + re.sub(r"\W+", "_", args.language.lower())
-    files = output_files(args.output, parts, suffix)
-    try:
-        with cache_faults_told():
-            request = endpoint.request(messages(_CHECK, args.language))
-            check_endpoint(endpoint, request, reader(_CHECK, args.language))
-            counts, kept = decide_rows(
-                *(parts, RowTranslator(endpoint, args.language, args.context).decide),
-                output=args.output,
-                files=files,
-                quarantine=quarantine,
-                workers=args.workers,
-                what="translating",
-                rejects=False,
-            )
-    finally:
-        endpoint.close()
-    if parts[0].name is not None:
-        for name in write_meta(args.output, parts, files, kept, suffix):
-            print(f"data set {name}: no row was translated, so {args.output.name} lacks it")
+    what = ("translating", "translated")
+    counts = run_tool(args, translator.decide, endpoint, check, what=what, suffix=suffix)
     facts = {"language": args.language, **counts.facts(), **endpoint_facts(endpoint)}
     write_summary(args.output, {"command": "translate", "input": str(args.input), **facts})
     tell_counts(args, counts, {"kept:unchanged": "nothing to translate in it"})
