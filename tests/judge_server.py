@@ -12,6 +12,10 @@ from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
+from rewards.judge.judge import Judge
+
 Answer = Callable[["Handler"], None]
 
 
@@ -164,3 +168,32 @@ def drips(handler: Handler) -> None:
         handler.wfile.write(b" ")
         handler.wfile.flush()
         time.sleep(0.05)
+
+
+MakeJudge = Callable[..., Judge]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    # a proxy that is not there: nothing of this may be sent through it
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    with serve() as running:
+        yield running
+
+
+@pytest.fixture
+def make(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeJudge]:
+    monkeypatch.setenv("JUDGE_KEY", "any text")
+    opened: list[Judge] = []
+
+    def judge(base_url: str = server.url, model: str = "m", **options: Any) -> Judge:
+        given = {"api_key_env": "JUDGE_KEY", "timeout": 5.0, **options}
+        opened.append(Judge(base_url, model, **given))
+        return opened[-1]
+
+    yield judge
+    for one in opened:
+        one.close()
