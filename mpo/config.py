@@ -26,6 +26,13 @@ class MPOConfig(AugmentedArguments):
         default="", metadata={"help": "Pairs: JSONL, MMPR meta.json, parquet, saved data set."}
     )
     eval_file: str | None = field(default=None, metadata={"help": "Held-out pairs."})
+    learning_rate: float = field(
+        default=1e-6,
+        metadata={
+            "help": "Of AdamW at its highest (published: 1e-6, for InternVL3.5 2e-7); for LoRA ten "
+            "times as much."
+        },
+    )
     loss_type: list[str] = field(
         default_factory=lambda: [*MPO_WEIGHTS],
         metadata={

@@ -29,6 +29,9 @@ class RLConfig(SamplerOptions, LossOptions, GuardOptions, JudgeOptions, PackedTr
     train_file: str = field(
         default="", metadata={"help": "Questions: JSONL, parquet, saved data set."}
     )
+    learning_rate: float = field(
+        default=1e-6, metadata={"help": "Of AdamW at its highest; for LoRA ten times as much."}
+    )
     num_generations: int = field(default=8, metadata={"help": "Completions a question, G."})
     steps_per_generation: int = field(
         default=2, metadata={"help": "Optimizer steps a rollout batch is cut into (mini-batches)."}

@@ -63,9 +63,13 @@ def _stages() -> Iterator[str]:
     from training.cli import ModelArguments
 
     theirs = {field.name for field in fields(TrainingArguments)}
-    common = {field.name for field in fields(PackedTrainingArguments)}
+    common = {field.name: field.default for field in fields(PackedTrainingArguments)}
     for title, config in (("sft", SFTConfig), ("mpo", MPOConfig), ("rl", RLConfig)):
-        own = [field for field in fields(config) if field.name not in common]
+        own = [
+            field
+            for field in fields(config)
+            if field.name not in common or field.default not in (MISSING, common[field.name])
+        ]
         yield f"## python -m {title}\n\n" + _table([_field_row(field) for field in own])
     shared = [field for field in fields(PackedTrainingArguments) if field.name not in theirs]
     yield "## Every training stage\n\n" + _table([_field_row(field) for field in shared])
@@ -76,7 +80,7 @@ def _stages() -> Iterator[str]:
 
 def _action_row(action: argparse.Action) -> tuple[str, str, str]:
     name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
-    told = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
+    told = (action.help or "") % {"default": action.default, "prog": "", **vars(action)}
     if action.choices is not None:
         told = f"{told} One of: {', '.join(map(str, action.choices))}."
     default = "required" if action.required else _default(action.default)

@@ -23,6 +23,9 @@ class SFTConfig(StreamArguments, AugmentedArguments):
     eval_file: str | None = field(
         default=None, metadata={"help": "Held-out conversations, for eval_steps."}
     )
+    learning_rate: float = field(
+        default=2e-5, metadata={"help": "Of AdamW at its highest; for LoRA ten times as much."}
+    )
     check_rows: str = field(
         default="before",
         metadata={

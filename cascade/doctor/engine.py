@@ -26,7 +26,13 @@ from internvl.encoding import Encoder
 from internvl.errors import UserError
 from internvl.packing import pack
 from internvl.positions import checkpoint_step
-from internvl.sampler import SamplingConfig, StreamSampler, open_sampler, request_of
+from internvl.sampler import (
+    SamplingConfig,
+    StreamSampler,
+    choose_backend,
+    open_sampler,
+    request_of,
+)
 
 if TYPE_CHECKING:
     from internvl.sampler import Backend, Completion
@@ -63,7 +69,7 @@ class Bench:
         gpu = torch.cuda.is_available()
         dtype: Literal["float32", "bfloat16"] = "bfloat16" if gpu else "float32"
         # an engine takes its share of a GPU first; what is left must hold the trainer's copy
-        share = 0.45 if gpu and backend != "transformers" else None
+        share = 0.45 if gpu and choose_backend(folder, backend) == "vllm" else None
         sampler = open_sampler(folder, backend=backend, dtype=dtype, gpu_memory_utilization=share)
         model = load_model(folder, dtype=dtype).to("cuda" if gpu else "cpu").eval()
         context = model.config.text_config.max_position_embeddings

@@ -29,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "num_train_epochs": 3.0,
     "max_steps": -1,
-    "learning_rate": 5e-5,
+    "learning_rate": 2e-5,
     "dtype": "float32",
     "use_peft": False,
     "lora_r": 16,
@@ -49,6 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "save_only_model": False,
 }
 RL_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-6,
     "num_generations": 8,
     "max_completion_length": 1024,
     "freeze_vit": True,
@@ -56,7 +57,7 @@ RL_DEFAULTS: dict[str, Any] = {
     "vllm_gpu_memory_utilization": None,
     "temperature": 1.0,
 }
-MPO_DEFAULTS: dict[str, Any] = {"precompute_ref_log_probs": True}
+MPO_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-6, "precompute_ref_log_probs": True}
 # of `mmpr sample`, `cascade evaluate`
 SAMPLE_DEFAULTS: dict[str, Any] = {"n": 8, "max-tokens": 1024, "max-tiles": 12}
 EVALUATE_DEFAULTS: dict[str, Any] = {"samples": 2, "max-tokens": 1024, "max-tiles": 12}
