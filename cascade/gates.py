@@ -18,6 +18,11 @@ class GateError(UserError):
     exit_code = 3
 
 
+def is_borne(before: float, now: float, gate: Gate) -> bool:
+    """Whether a metric fell by no more than `max_drop`, whatever rounding makes of the two."""
+    return before - now <= gate.max_drop + 1e-9
+
+
 def check_gate(run: Path, stage: str, gate: Gate) -> None:
     """Compare a stage's metric with that of the stage that its gate names.
 
@@ -25,7 +30,7 @@ def check_gate(run: Path, stage: str, gate: Gate) -> None:
     """
     before = _metric(run, gate.against, gate.metric)
     now = _metric(run, stage, gate.metric)
-    if before[0] - now[0] <= gate.max_drop:
+    if is_borne(before[0], now[0], gate):
         return
     paired = _paired(run, stage, gate)
     raise GateError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,15 +57,7 @@ class Manifest:
 
     def is_whole(self, name: str) -> bool:
         """Whether a process is done, of what those that it needs have made since."""
-        record = self.entry(name)
-        return (
-            record is not None
-            and record["done"]
-            and all(
-                self.is_whole(need) and (self.entry(need) or {})["key"] == key
-                for need, key in record["needs"].items()
-            )
-        )
+        return is_whole({record["name"]: record for record in self.data["stages"]}, name)
 
     def put(self, record: dict[str, Any]) -> None:
         """Add or replace a process's record, and write the file."""
@@ -97,6 +90,19 @@ class Manifest:
     def seconds(self) -> float:
         """The run's wall time; stages that overlap are not counted twice."""
         return float(self.data["seconds"])
+
+
+def is_whole(records: Mapping[str, Mapping[str, Any]], name: str) -> bool:
+    """The same of {process: its record}; a record of the first format names no needs."""
+    record = records.get(name)
+    return (
+        record is not None
+        and bool(record.get("done", True))
+        and all(
+            is_whole(records, need) and records[need]["key"] == key
+            for need, key in record.get("needs", {}).items()
+        )
+    )
 
 
 def versions() -> dict[str, str]:

@@ -40,6 +40,7 @@ from cascade.report_words import (
     duration,
     headline,
     mark_words,
+    measured,
     percent,
     remarks,
     signed,
@@ -85,6 +86,7 @@ def environment() -> Environment:
     templates.filters.update(
         percent=percent, duration=duration, clip=clip, words=mark_words, chance=chance,
         count=count, signed=signed, span=span,
+        measured=measured,
     )  # fmt: skip
     return templates
 

@@ -54,6 +54,7 @@ def collect(path: Path) -> ReportData:
         gates=run.gates(results),
         processes=_with_tokens(run, answered, judged),
         waiting=run.waiting(),
+        stale=run.stale,
         versions={str(k): str(v) for k, v in (run.manifest.get("versions") or {}).items()},
         revision=None if revision is None else str(revision),
         config_files=_config_files(path),

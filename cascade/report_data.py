@@ -309,7 +309,8 @@ class ReportData:
     results: of every evaluated stage in the order of the recipe; those with info.aside are beside
     the line that the recipe reports. steps: each result against the one that it began from; others:
     further pairs. fates counts the held-out questions by what became of them. waiting: stages that
-    were not begun. An empty part is left out of the page.
+    were not begun; stale: whose evaluations are of what has begun anew since, and not shown. An
+    empty part is left out of the page.
     """
 
     title: str
@@ -329,6 +330,7 @@ class ReportData:
     gates: Sequence[GateOutcome] = ()
     processes: Sequence[Process] = ()
     waiting: Sequence[str] = ()
+    stale: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
     config_files: Sequence[tuple[str, str]] = ()  # (name, text)

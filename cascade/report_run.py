@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from cascade.gates import is_borne
+from cascade.manifest import is_whole
 from cascade.report_data import TONES, GateOutcome, Process, StageInfo, StageResult
 from cascade.report_files import get, number, read_object
 
@@ -84,10 +86,25 @@ class RunFolder:
                 kinds[one.stage] = own
         return kinds
 
+    def is_whole(self, process: str) -> bool:
+        """Whether a process is done, of what those that it needs have made since."""
+        return is_whole({str(record.get("name")): record for record in self.records}, process)
+
+    @cached_property
+    def _measured(self) -> list[str]:
+        return [p.parent.name for p in sorted(self.path.glob("eval/*/metrics.json"))]
+
+    @cached_property
+    def stale(self) -> list[str]:
+        """Stages whose metrics are of what has begun anew since."""
+        known = {record.get("name") for record in self.records}
+        names = [(name, f"evaluate.{name}") for name in self._measured]
+        return [name for name, one in names if one in known and not self.is_whole(one)]
+
     @cached_property
     def evaluated(self) -> list[str]:
-        """Stages that have metrics, in the order in which they were run."""
-        found = [p.parent.name for p in sorted(self.path.glob("eval/*/metrics.json"))]
+        """Stages that have metrics of their own, in the order in which they were run."""
+        found = [name for name in self._measured if name not in self.stale]
         order = [*self.kinds]
         return sorted(found, key=lambda name: order.index(name) if name in order else len(order))
 
@@ -163,7 +180,6 @@ class RunFolder:
         if self.recipe is None:
             return []
         known = {result.name for result in results}
-        order = [process.name for process in self.processes]
         outcomes = []
         for name, spec in self.recipe.stages.items():
             if spec.gate is None or name not in self.kinds:
@@ -175,11 +191,13 @@ class RunFolder:
             )
             if before is None or after is None:
                 state = "not reached"
-            elif before - after <= gate.max_drop:
+            elif is_borne(before, after, gate):
                 state = "passed"
             else:
-                left = [p for p in self.processes if name in _needed(self, p.stage)]
-                state = "closed, passed by" if left and order else "closed"
+                went_on = any(
+                    name in _needed(self, p.stage) and self.is_whole(p.name) for p in self.processes
+                )
+                state = "closed, passed by" if went_on else "closed"
             found = (gate.metric, gate.max_drop, before, after, state)
             outcomes.append(GateOutcome(name, gate.against, *found))
         return outcomes

@@ -60,13 +60,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Contrast:
-    """What one arm has over another, paired by seed; p of Student's paired test."""
+    """What one arm has over another, paired by seed; p of Student's paired test, or None."""
 
     before: str
     after: str
     seeds: int
     gain: Rate
-    p: float
+    p: float | None
 
 
 @dataclass(frozen=True)
@@ -212,12 +212,12 @@ def _contrasts(arms: Sequence[Arm]) -> list[Contrast]:
     return found
 
 
-def _paired_p(gains: Sequence[float]) -> float:
+def _paired_p(gains: Sequence[float]) -> float | None:
     from scipy.special import stdtr
 
     mean, se = mean_and_se(gains)
-    if not se:
-        return 1.0 if mean == 0 else 0.0
+    if not se:  # equal gains tell nothing of their spread
+        return 1.0 if mean == 0 else None
     return float(2 * stdtr(len(gains) - 1, -abs(mean) / se))
 
 

@@ -100,7 +100,7 @@ def remarks(data: ReportData) -> list[str]:
             f"Greedy accuracy: {greedy}. Sampled: the mean of {k} answers a question; every "
             "interval is of 95%, over questions."
         )
-    control = [_of_control(step) for step in data.others]
+    control = [_of_control(step) for step in data.others if data.demo_world]
     return [*said, *(sentence for sentence in control if sentence)]
 
 
@@ -129,12 +129,16 @@ def troubles(data: ReportData) -> list[str]:
         said.append(f"Begun, but not ended well: {names}.")
     if data.waiting:
         said.append(f"Not begun: {listing(list(data.waiting))}.")
+    if data.stale:
+        names = listing([data.stages[n].label if n in data.stages else n for n in data.stale])
+        said.append(f"Not shown, since what they are of has begun anew: the results of {names}.")
     for gate in data.gates:
         if gate.state.startswith("closed"):
             on = "; the run went on all the same" if gate.state != "closed" else ""
             said.append(
                 f"The gate behind {gate.stage} closed: {gate.metric} fell from "
-                f"{percent(gate.before)} ({gate.against}) to {percent(gate.after)}{on}."
+                f"{measured(gate.before, gate.metric)} ({gate.against}) to "
+                f"{measured(gate.after, gate.metric)}{on}."
             )
     return said
 
@@ -147,6 +151,17 @@ def listing(words: Sequence[str]) -> str:
 def percent(rate: float | None) -> str:
     """A rate in 0..1 as a percentage with one decimal; None (not measured) as a dash."""
     return "-" if rate is None else f"{100 * rate:.1f}%"
+
+
+def measured(value: float | None, metric: str) -> str:
+    """A metric's value: numbers of tokens as they are, all others are rates.
+
+    >>> measured(42.13, "mean_tokens"), measured(0.4213, "sampled")
+    ('42.1', '42.1%')
+    """
+    if "tokens" not in metric:
+        return percent(value)
+    return "-" if value is None else f"{value:.1f}"
 
 
 def span(rate: Rate) -> str:

@@ -127,7 +127,9 @@ class PairedMeans:
     """Two means over the same questions.
 
     difference: b - a, with the percentile interval of the bootstrap over questions. p: twice the
-    smaller share of resamples on the other side of 0.
+    smaller share of resamples on the other side of 0, and not below 2^(1-m) where m questions
+    differ, the smallest that a test of their signs could give (few questions give a bootstrap too
+    little to draw from). Where p is over 5% the interval holds 0.
     """
 
     a: float
@@ -158,10 +160,14 @@ def paired_means(a: Sequence[float], b: Sequence[float], seed: int) -> PairedMea
     # the sample itself is one of its resamples: p is never 0
     below = (np.count_nonzero(means <= 0) + 1) / (RESAMPLES + 1)
     above = (np.count_nonzero(means >= 0) + 1) / (RESAMPLES + 1)
+    differ = int(np.count_nonzero(differences))
+    p = min(1.0, max(2 * min(below, above), 2.0 ** (1 - differ)))
+    if p > 1 - CONFIDENCE:
+        low, high = min(low, 0.0), max(high, 0.0)
     return PairedMeans(
         math.fsum(a) / n,
         math.fsum(b) / n,
         math.fsum(differences) / n,
         (float(low), float(high)),
-        float(min(1.0, 2 * min(below, above))),
+        float(p),
     )

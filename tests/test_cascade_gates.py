@@ -106,6 +106,17 @@ def test_a_gate_between_evaluations_that_differ(tmp_path: Path) -> None:
         check_gate(tmp_path, "mpo", Gate("sampled", 0.05, "sft"))
 
 
+def test_a_fall_of_exactly_max_drop_is_borne(tmp_path: Path) -> None:
+    """0.5 - 0.48 is 0.020000000000000018."""
+    for stage, sampled in (("sft", 0.5), ("mpo", 0.48)):
+        folder = tmp_path / "eval" / stage
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({"sampled": sampled}))
+    check_gate(tmp_path, "mpo", Gate("sampled", 0.02, "sft"))
+    with pytest.raises(GateError, match=r"by 0\.0200; max_drop is 0\.0199"):
+        check_gate(tmp_path, "mpo", Gate("sampled", 0.0199, "sft"))
+
+
 def test_a_metric_that_is_none(play: Play, capsys: pytest.CaptureFixture[str]) -> None:
     said = ended(2, lambda: play.run(recipe={**GATED, "gate": {"metric": "pass@2"}}), capsys)
     assert "metrics.json has no number 'pass@2'; there are: greedy, greedy_se, sampled," in said

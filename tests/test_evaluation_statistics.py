@@ -109,6 +109,16 @@ def test_paired_means_of_equals() -> None:
     assert (found.difference, found.ci, found.p) == (0.0, (0.0, 0.0), 1.0)
 
 
+@pytest.mark.parametrize(("differ", "p"), [(1, 1.0), (2, 0.5), (5, 0.0625), (6, 0.03125)])
+def test_a_few_questions_show_little(differ: int, p: float) -> None:
+    """Where m questions differ, signs by chance are all alike with 2^(1-m)."""
+    found = paired_means([0.25] * (differ + 3), [0.75] * differ + [0.25] * 3, seed=0)
+    assert found.p >= p and found.p < 1.2 * p + 0.1
+    only = paired_means([0.25] * differ, [0.75] * differ, seed=0)
+    assert only.p == p
+    assert (only.ci[0] <= 0.0) == (p > 0.05) and only.ci[1] == 0.5
+
+
 def test_pairing_finds_what_two_means_cannot() -> None:
     """A gain of 2 points on hard and easy questions alike, which spread by 50."""
     rng = random.Random(1)
