@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade.evaluation_tables import comparison_table, markdown, print_rates
+from internvl.errors import UserError
 from internvl.terminal import Command
 
 _IDS_SHOWN = 5
@@ -28,6 +29,8 @@ def run(args: argparse.Namespace) -> None:
     """`cascade compare`."""
     from cascade.compare import check_comparable, compare, read_evaluation
 
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}; give 0 or more")
     a, b = read_evaluation(args.a), read_evaluation(args.b)
     check_comparable(a, b, args.allow)
     found, flipped = compare(a, b, args.output, seed=args.seed)

@@ -74,10 +74,10 @@ def prompt_folder(output: Path, config: EvaluationConfig, prompt: PromptSet) -> 
     return output if prompt == config.prompts[0] else output / prompt
 
 
-def is_finished(output: Path, config: EvaluationConfig) -> bool:
-    """Whether all predictions are there: then nothing is sampled or judged any more."""
+def has_finished_one(output: Path, config: EvaluationConfig) -> bool:
+    """Whether a prompt set's predictions are there: of it nothing is sampled or judged any more."""
     folders = (prompt_folder(output, config, prompt) for prompt in config.prompts)
-    return all((folder / PREDICTIONS).exists() for folder in folders)
+    return any((folder / PREDICTIONS).exists() for folder in folders)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from cascade.evaluation_tables import gap_lines, metrics_table, print_rates, summary
 from cascade.questions import PROMPT_SETS, REASONING_STYLES, read_questions
+from cascade.recipe_stage import METRICS
 from internvl.data import Quarantine, check_input
 from internvl.data.fingerprint import file_digest
 from internvl.errors import UserError
 from internvl.sampler_options import add_servers, check_sampler_options, open_asked
 from internvl.terminal import Command
+
+# of metrics.json, what is no metric
+_OF_AN_EVALUATION = ("n", "k", "name", "model", "prompt", "own_form", "datasets", "prompts", "gap")
 
 if TYPE_CHECKING:
     from cascade.evaluate import EvaluationConfig
@@ -72,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`cascade evaluate`."""
-    from cascade.evaluate import Evaluation, is_finished
+    from cascade.evaluate import Evaluation, has_finished_one
 
     check_options(args)
     config = _config(args)
@@ -82,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)  # before the work: is there a place for it?
     bad_rows = args.output / "quarantine.jsonl"
     keep = 0
-    if is_finished(args.output, config):
+    if has_finished_one(args.output, config):
         keep = sys.maxsize  # what the sampler refused is told there alone
     else:
         bad_rows.unlink(missing_ok=True)  # it tells of this run only
@@ -120,6 +125,8 @@ def check_options(args: argparse.Namespace) -> None:
         value = vars(args)[name]
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}; give 0 or more")
     if len(set(args.prompts)) < len(args.prompts):
         raise UserError(f"--prompts {' '.join(args.prompts)}: name each set once")
     if args.cot_style != "final" and "cot" not in args.prompts:
@@ -131,6 +138,21 @@ def check_options(args: argparse.Namespace) -> None:
         )
     check_sampler_options(args)
     _config(args).sampling()
+
+
+def _counted(items: Sequence[str]) -> dict[str, str]:
+    """{name: text} of --count; a metric's own name would stand for another number."""
+    found: dict[str, str] = {}
+    for item in items:
+        name, separator, text = item.partition("=")
+        if not separator or not name or not text:
+            raise UserError(f"--count {item!r}: expected NAME=TEXT")
+        if name in found:
+            raise UserError(f"--count {item!r}: {name} is given twice")
+        if name in (*METRICS, *_OF_AN_EVALUATION) or "@" in name or name.endswith(("_ci", "_se")):
+            raise UserError(f"--count {item!r}: {name} is a metric's name; choose another one")
+        found[name] = text
+    return found
 
 
 def _config(args: argparse.Namespace) -> EvaluationConfig:
@@ -146,7 +168,7 @@ def _config(args: argparse.Namespace) -> EvaluationConfig:
         args.top_k,
         tuple(args.prompts),
         args.cot_style,
-        dict(_named_text(item) for item in args.count),
+        _counted(args.count),
     )
 
 
@@ -172,13 +194,6 @@ def _verifier(args: argparse.Namespace) -> Verifier:
         return make_verifier(args)
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def _named_text(item: str) -> tuple[str, str]:
-    name, separator, text = item.partition("=")
-    if not separator or not name or not text:
-        raise UserError(f"--count {item!r}: expected NAME=TEXT")
-    return name, text
 
 
 def _tell(metrics: dict[str, Any], count: dict[str, str]) -> None:

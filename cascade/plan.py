@@ -80,6 +80,9 @@ class _Planner:
                 model = Place(Path(), spec.name)
                 options = (spec.evaluate, spec.evaluate_questions, evaluation_places(spec))
                 self._evaluate(spec, model, *options)
+        if not self.made:
+            listed = ", ".join(self.recipe.stages)
+            raise UserError(f"{self.recipe.file}: every stage is optional: add --with ({listed})")
         self.made[-1] = replace(self.made[-1], background=False)
         return self.made
 

@@ -138,13 +138,13 @@ def _seeds(top: Entries) -> tuple[tuple[int, ...], bool]:
     if not top.has("seeds"):
         if top.has("parallel"):
             raise top.fault("parallel", top.get("parallel", None), "it needs seeds: [0, 1, ...]")
-        return (top.whole("seed", 0),), False
+        return (top.whole("seed", 0, least=0),), False
     if top.has("seed"):
         raise top.fault("seed", top.get("seed", None), "seeds are given, too; give one of the two")
     seeds = top.get("seeds", [])
-    good = isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)
+    good = isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 for s in seeds)
     if not good or len(set(seeds)) < len(seeds):
-        raise top.fault("seeds", seeds, "give a list of whole numbers, each once")
+        raise top.fault("seeds", seeds, "give a list of whole numbers, 0 or more, each once")
     return tuple(seeds), True
 
 

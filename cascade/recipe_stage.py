@@ -134,11 +134,14 @@ class StageReading:
         data = self._data()
         model = self._model(data)
         questions = self._questions(own, data)
+        if kind in VERDICTS and data is not None:
+            self._refuse_beside_data(data)
         sections = {name: self._section(name) for name in SECTIONS.get(kind, ())}
         evaluate, held_out = self._evaluate()
         gate = self._gate(model, evaluate)
+        if kind in VERDICTS:
+            self._check_verdicts(sections, data)
         if kind == "pairs":
-            self._check_pairs(sections, data)
             own.only(
                 ("name", "image-root", "image_root"), also=(*SECTIONS[kind], "questions", "data")
             )
@@ -222,14 +225,30 @@ class StageReading:
         section = self.own.below(f"{self.own.where}.{name}", given)
         return self._command_options({**shared, **section.spelled("-")}, section)
 
-    def _check_pairs(self, sections: Mapping[str, Any], data: str | None) -> None:
+    def _refuse_beside_data(self, data: str) -> None:
+        """What another stage has sampled and judged is not sampled or judged once more."""
+        for key in ("sample", "verify", "image-root", "image_root"):
+            if self.own.has(key):
+                wanted = f"data is given: it is said in stages.{data}, leave it out"
+                raise self.own.fault(key, self.own.get(key, None), wanted)
+
+    def _check_verdicts(self, sections: Mapping[str, Any], data: str | None) -> None:
         own = self.own
-        if sections["pair"] is None and sections["dropout"] is None:
+        pairs = self.kind == "pairs"
+        if pairs and sections["pair"] is None and sections["dropout"] is None:
             raise UserError(f"{own.file}: {own.where}: pair and dropout are both off: no pairs")
         if sections["sample"] is None:
             raise own.fault("sample", False, "data: STAGE takes the rollouts of another stage")
-        if sections["verify"] is None and sections["pair"] is not None and data is None:
-            raise own.fault("verify", False, "pair reads verdicts; set pair: false, too")
+        if pairs and sections["pair"] is None:
+            return  # Dropout-NTP needs no verdicts
+        instead = "pair reads verdicts; set pair: false, too" if pairs else "select reads verdicts"
+        if data is None and sections["verify"] is None:
+            raise own.fault("verify", False, instead)
+        source = data
+        while source is not None and self.earlier[source].data is not None:
+            source = self.earlier[source].data
+        if source is not None and self.earlier[source].sections["verify"] is None:
+            raise own.fault("data", data, f"stages.{source} has verify: false, but {instead}")
 
     def _check_adapter(self, model: Place | None) -> None:
         """Refuse to train an adapter on with settings that are not its own."""

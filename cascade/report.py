@@ -55,14 +55,16 @@ if TYPE_CHECKING:
 __all__ = ["ReportData", "collect", "headline", "render", "write_report"]
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, *, many: bool = False) -> Path:
     """Write report.html into the folder of a run, or of the runs of several seeds; its path.
+
+    many: of several seeds, even where the folder is that of a run, too.
 
     Raises UserError when the folder is none of the two, or what it holds cannot be read.
     """
     from cascade.report_seeds import collect_seeds, render_seeds, seed_folders
 
-    many = not (run / "manifest.json").exists() and seed_folders(run)
+    many = many or bool(not (run / "manifest.json").exists() and seed_folders(run))
     page = render_seeds(collect_seeds(run)) if many else render(collect(run))
     path = run / "report.html"
     partial = run / "report.html.partial"

@@ -70,7 +70,7 @@ def run_seed(recipe: Recipe, run: Path, seed: int, options: RunOptions) -> None:
         except GateError:
             _tell(recipe, run, manifest, options, True)
             raise
-        if manifest.data.pop("anew", None) is not None:
+        if not options.only and manifest.data.pop("anew", None) is not None:
             manifest.write()
     _tell(recipe, run, manifest, options)
 

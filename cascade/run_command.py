@@ -46,7 +46,11 @@ def _run(args: argparse.Namespace) -> None:
         overlap=None if args.overlap is None else args.overlap == "on",
     )
     output = args.output or recipe.output or Path("runs") / recipe.name
+    if output.name in ("", ".."):
+        output = output.resolve()  # a stage's folder must begin with the run's
     many = recipe.many and args.seed is None
+    if recipe.many and args.seed is not None and args.output is None:
+        output = seed_folder(output, args.seed)
     if args.dry_run:
         for seed in recipe.seeds if args.seed is None else [args.seed]:
             print_plan(recipe, seed_folder(output, seed) if many else output, seed, options)
@@ -63,7 +67,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     add("recipe", type=Path, metavar="RECIPE", help="YAML: the stages, in order")
     add("--output", type=Path, metavar="DIR",
         help="the run's folder (default: the recipe's output, or runs/RECIPE)")  # fmt: skip
-    add("--seed", type=int, help="instead of the recipe's seed or seeds")
+    add("--seed", type=int, help="instead of the recipe's seed; of its seeds this one alone")
     add("--from", dest="start", metavar="STAGE",
         help="run this stage and what needs it anew; earlier ones stay as they are")  # fmt: skip
     add("--only", action="append", default=[], metavar="STAGE",

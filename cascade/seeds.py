@@ -6,12 +6,13 @@ at. One that fails does not stop the others: what became of it is told, and stan
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cascade.driver import ended_by_sigterm, run_lock
@@ -19,6 +20,7 @@ from cascade.gates import GateError
 from cascade.processes import cores, end_tree
 from cascade.recipe import Recipe
 from cascade.run import RunOptions
+from internvl.data import write_json
 from internvl.errors import UserError
 
 _PAUSE = 0.2  # seconds between two looks at the runs
@@ -46,7 +48,7 @@ def run_seeds(recipe: Recipe, output: Path, options: RunOptions) -> None:
         print(write_ablation(recipe, output, failed))
     from cascade.report import write_report
 
-    print(f"the page over all seeds: {write_report(output)}")
+    print(f"the page over all seeds: {write_report(output, many=True)}")
     if failed:
         seeds = ", ".join(map(str, failed))
         gated = runs.codes == {GateError.exit_code}
@@ -68,6 +70,7 @@ class _Run:
 class _Runs:
     def __init__(self, recipe: Recipe, output: Path, options: RunOptions, lock: int):
         self.recipe, self.output, self.options, self.lock = recipe, output, options, lock
+        self.anew = _Anew(output / "anew.json", recipe.seeds, options.start)
         self.alive: list[_Run] = []
         self.failed: dict[int, str] = {}
         self.codes: set[int] = set()
@@ -95,7 +98,8 @@ class _Runs:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "run.log"
         said = log.stat().st_size if log.exists() else 0
-        command = [sys.executable, *seed_command(self.recipe, folder, seed, self.options)]
+        options = replace(self.options, start=self.anew.start_of(seed))
+        command = [sys.executable, *seed_command(self.recipe, folder, seed, options)]
         print(f"== seed {seed} (see {log}): python {' '.join(command[1:])}", flush=True)
         with log.open("ab") as out:
             process = subprocess.Popen(
@@ -122,7 +126,37 @@ class _Runs:
             self.failed[run.seed] = f"{reason} (code {run.process.returncode})"
             print(f"== seed {run.seed} failed after {seconds}: {self.failed[run.seed]}", flush=True)
         else:
+            if not self.options.only:
+                self.anew.end(run.seed)
             print(f"== seed {run.seed} is done ({seconds})", flush=True)
+
+
+class _Anew:
+    """Which seeds have still to begin anew, after a --from that did not end well for all of them.
+
+    Given once more, it is handed to those alone: what the others have made of it stays.
+    """
+
+    def __init__(self, file: Path, seeds: Sequence[int], start: str | None):
+        self.file, self.start = file, start
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        self.left: list[int] = known.get("left", [])
+        if start is not None and known.get("start") != start:
+            self.left = list(seeds)
+            write_json(file, {"start": start, "left": self.left})
+        self._start = known.get("start") if start is None else start
+
+    def start_of(self, seed: int) -> str | None:
+        """--from for this seed, or None."""
+        return self.start if seed in self.left else None
+
+    def end(self, seed: int) -> None:
+        """The seed's run has ended well."""
+        if seed in self.left:
+            self.left.remove(seed)
+            write_json(self.file, {"start": self._start, "left": self.left})
+        if not self.left:
+            self.file.unlink(missing_ok=True)
 
 
 def seed_command(recipe: Recipe, folder: Path, seed: int, options: RunOptions) -> Sequence[str]:

@@ -255,6 +255,9 @@ def test_an_evaluation_s_options_are_asked_too() -> None:
         "--temperature=0": "--temperature is 0; the greedy answers are reported in any case, and "
         "the samples need a temperature above 0",
         "--count=careless": "--count 'careless': expected NAME=TEXT",
+        "--count=sampled=x": "--count 'sampled=x': sampled is a metric's name; choose another one",
+        "--count=n=x": "--count 'n=x': n is a metric's name; choose another one",
+        "--seed=-1": "--seed is -1; give 0 or more",
     }.items():
         assert _examine({"kind": "evaluate", "words": [*words, more]}) == (told, {})
     assert _examine({"kind": "evaluate", "words": words}) == (None, {})

@@ -17,7 +17,8 @@ WRONG = [
     ({"stage": {}}, {}, "unknown key 'stage'; did you mean 'stages'?"),
     ({"gates": {}}, {}, "unknown key 'gates'; did you mean 'gate'?"),
     ({"seed": "x"}, {}, "seed is 'x'; give a whole number"),
-    ({"seeds": [1, 1]}, {}, "seeds is [1, 1]; give a list of whole numbers, each once"),
+    ({"seeds": [1, 1]}, {}, "seeds is [1, 1]; give a list of whole numbers, 0 or "
+        "more, each once"),
     ({"seed": 1, "seeds": [1]}, {}, "seed is 1; seeds are given, too; give one of the two"),
     ({"parallel": 2}, {}, "parallel is 2; it needs seeds: [0, 1, ...]"),
     ({"backend": "vlm"}, {}, "backend is 'vlm'; did you mean 'vllm'?"),
@@ -80,6 +81,16 @@ WRONG = [
     ({}, {"pairs": {"questions": []}}, "stages.pairs.questions is []; give at least one file"),
     ({}, {"Rl": {"kind": "rl"}}, "stages: 'Rl' is no name for a stage: small letters, digits, - "),
     ({}, {"logs": {"kind": "rl"}}, "stages: 'logs' is no name for a stage"),
+    ({}, {"pairs": {"sample": False}}, "stages.pairs.sample is False; data: STAGE takes the "),
+    ({}, {"select": {"sample": False}}, "stages.select.sample is False; data: STAGE takes the "),
+    ({}, {"select": {"verify": False}}, "stages.select.verify is False; select reads verdicts"),
+    ({}, {"pairs": {"verify": False, "pair": False, "dropout": {}}, "select": {"data": "pairs",
+        "model": None, "questions": None}}, "stages.select.data is 'pairs'; stages.pairs has "
+        "verify: false, but select reads verdicts"),
+    ({}, {"select": {"data": "pairs", "model": None, "questions": None, "verify": {}}},
+        "stages.select.verify is {}; data is given: it is said in stages.pairs, leave it out"),
+    ({}, {"select": {"data": "pairs", "model": None, "questions": None, "image_root": "x"}},
+        "stages.select.image_root is 'x'; data is given: it is said in stages.pairs, leave it out"),
     ({"common": {"bf16": True, "max_steps": 2, "max-steps": 3}}, {}, "common.max-steps is 3; it "
         "stands there in another spelling, too"),
     ({"sample": {"max-tokens": 2, "max_tokens": 3}}, {}, "sample.max_tokens is 3; it stands "),

@@ -322,16 +322,18 @@ class Facts:
     def make_worlds(self) -> list[str]:
         """Make a little of each world of the recipe in the scratch folder; returns their names."""
         from cascade.tiny import make_tiny_model
-        from cascade.world import WorldSizes, make_world
+        from cascade.world import WorldOptions, WorldSizes, make_world
 
         names = [name for name, spec in self.recipe.stages.items() if spec.kind == "world"]
         for name in names:
+            given = {k.replace("-", "_"): v for k, v in self.recipe.stages[name].options.items()}
             sizes = asdict(WorldSizes())
-            sizes |= {k: v for k, v in self.recipe.stages[name].options.items() if k in sizes}
+            sizes |= {k: v for k, v in given.items() if k in sizes}
             small = {split: min(int(size), WORLD_SAMPLE) for split, size in sizes.items()}
-            seed = self.recipe.seeds[0]
-            make_tiny_model(self.scratch / name / "model", seed=seed)
-            make_world(self.scratch / name, seed=seed, sizes=WorldSizes(**small))
+            own = {k: v for k, v in given.items() if k in asdict(WorldOptions())}
+            seed, options = self.recipe.seeds[0], WorldOptions(**own)
+            make_tiny_model(self.scratch / name / "model", seed=seed, options=options)
+            make_world(self.scratch / name, seed=seed, sizes=WorldSizes(**small), options=options)
         return names
 
     def world_rows(self, path: Path) -> int | None:

@@ -201,6 +201,8 @@ class Hours:
             source = self.facts.recipe.stages[spec.data]
             pair = source.sections.get("pair") or {}
             most = int(pair.get("max-pairs-per-question", 15))
+            while source.data is not None:
+                source = self.facts.recipe.stages[source.data]
             n = int(self.facts.sampling(source)["n"])
             return self._asked(source) * min(most, n // 2), self.speeds.prompt + 2 * self.reply
         given = spec.options.get("train_file")

@@ -75,7 +75,10 @@ def check_references(facts: Facts) -> list[Finding]:
         source = facts.recipe.stages[spec.data]
         while source.data is not None:
             source = facts.recipe.stages[source.data]
-        if source.model is None or source.model == spec.model:
+        if source.model is None:
+            continue
+        starts, asked = spec.model, source.model  # an adapter and the whole made of it are one
+        if (starts.stage, starts.path) == (asked.stage, asked.path):
             continue
         told = f"{spec.name} starts from {_name(spec)}, which is its reference, and its pairs are "
         told += f"samples of {_name(source)}"
