@@ -13,6 +13,7 @@ counted once: rows = good + bad, for each data set.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from array import array
@@ -107,8 +108,10 @@ def text_fault(record: dict[str, Any]) -> str | None:
     """What is wrong with the texts of a whole pair, besides what `find_fault` finds, or None."""
     if record["chosen"].split() == record["rejected"].split():
         return "chosen and rejected differ only in white space"
-    for name in _TEXTS:
-        if found := _CONTROL.search(record.get(name) or ""):
+    texts = [(name, record.get(name) or "") for name in _TEXTS]
+    texts += [("history", turn["value"]) for turn in record.get("history") or []]
+    for name, text in texts:
+        if found := _CONTROL.search(text):
             return f"{name} holds the control token {found[0]!r}"
     return None
 
@@ -243,4 +246,6 @@ def _pair_key(row: Row) -> int:
         digest.update(b"\0")
     texts = [row.data.get(name) or "" for name in ("video", *_TEXTS)]
     digest.update("\0".join(texts).encode())
+    more = [row.data.get(name) for name in ("history", "num_frames")]
+    digest.update(json.dumps(more, sort_keys=True).encode())
     return int.from_bytes(digest.digest()[:8], "big")

@@ -35,7 +35,7 @@ from internvl.data.resumable import check_same_run, meta_path, naming_the_file, 
 from internvl.errors import DataError, UserError
 from internvl.hashing import stable_hash
 from mmpr.cutting import cut_reply
-from mmpr.groups import OUTCOMES
+from mmpr.groups import OUTCOMES, golds
 from mmpr.pairs import OF_THE_PROMPT
 from mmpr.resumable import Asked, recover, sample_good
 
@@ -177,7 +177,6 @@ class Starter:
         whole = portable_record(row, output)
         names = (*OF_THE_PROMPT, "dataset")
         shared = {name: whole[name] for name in names if whole.get(name) is not None}
-        answer = whole["answer"]
         record = {
             "id": pair_id,
             "sample": 0,
@@ -185,7 +184,7 @@ class Starter:
             "question": whole["question"],
             "chosen": text,
             "prefix": cut.prefix,
-            "answer_gt": answer if isinstance(answer, str) else answer[0],
+            "answer_gt": golds(whole)[0],
         }
         return Asked(row, request, record)
 

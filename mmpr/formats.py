@@ -151,8 +151,9 @@ def content_parts(text: str) -> list[dict[str, str | None]]:
 def trl_record(row: Row, *, embed: bool) -> dict[str, Any]:
     """A pair's row as TRL reads it; embed: the images' bytes instead of absolute paths.
 
-    Raises DataError for a video, and for an image file that is not there.
+    Raises DataError for a video, and for an image file that is not there or outside its root.
     """
+    row.check_paths()
     if row.num_frames:
         raise DataError("a pair with a video, which the trl format cannot hold")
     images: list[dict[str, bytes | str | None]] = []

@@ -49,9 +49,16 @@ def usable_groups(rows: Sequence[Row], quarantine: Quarantine) -> Iterator[list[
 
 
 def golds(record: dict[str, Any]) -> list[str]:
-    """The gold answers of a rollout or verdict."""
+    """The gold answers of a rollout or verdict; the items of a list are one answer.
+
+    >>> golds({"answer": ["NYC", "New York"]}), golds({"answer": ["a", "b"], "matcher": "list"})
+    (['NYC', 'New York'], ['a, b'])
+    """
     answer = record["answer"]
-    return [answer] if isinstance(answer, str) else list(answer)
+    if isinstance(answer, str):
+        return [answer]
+    named = record.get("matcher")
+    return [", ".join(answer)] if named in ("list", ["list"]) else list(answer)
 
 
 def strip_rollout(verdict: dict[str, Any]) -> dict[str, Any]:

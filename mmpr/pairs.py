@@ -127,15 +127,18 @@ def _plain(text: str) -> str:
 
 
 def contains_answer(inside: str, answer: str) -> bool:
-    """Whether `answer` stands in `inside` as whole words and numbers.
+    """Whether `answer` stands in `inside` as whole words and numbers, and is not negated there.
 
     >>> contains_answer("5 apples", "5"), contains_answer("15", "5"), contains_answer("-5", "5")
     (True, False, False)
+    >>> contains_answer("not possible", "possible"), contains_answer("不是", "是")
+    (False, False)
     """
     answer = re.escape(_plain(answer))
     if not answer:
         return False
     before, after = r"(?<![a-z0-9])(?<!\d[.,])(?<![-+])", r"(?![a-z0-9]|[.,]\d)"
+    before += r"(?<!\bno )(?<!\bnot )(?<![不没非无])"
     return re.search(before + answer + after, _plain(inside)) is not None
 
 
@@ -262,7 +265,9 @@ def question_pairs(
     combine = like_pairs if config.balance_length else even_pairs
     pairs: list[dict[str, Any]] = []
     for chosen, rejected in combine(found.positives, found.wrong):
-        answers = [chosen["extracted"], *golds(chosen)]
+        # a wrong option is wrong, whatever words it has in common with the right one
+        options = chosen.get("matcher") == rejected.get("matcher") == "choice"
+        answers = [] if options else [chosen["extracted"], *golds(chosen)]
         if any(contains_answer(rejected["extracted"], answer) for answer in answers):
             report.left_out["the correct answer stands in the wrong one"] += 1
         elif len(pairs) == config.max_pairs:

@@ -40,6 +40,11 @@ def _by_rule(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
     return {**record, "matcher": rules or ["exact"]}, True
 
 
+def without_judge(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A question as the rules alone read it."""
+    return _by_rule(record)[0]
+
+
 def judging_fault(
     record: Mapping[str, Any],
     *,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -115,11 +116,17 @@ def add_judging(parser: argparse.ArgumentParser) -> None:
         default = option.default
         group.add_argument(
             "--" + option.name.replace("_", "-"),
-            type=str if default is None else type(default),
+            type=_type_of(option.name, default),
             metavar={int: "N", float: "S"}.get(type(default), "TEXT"),
             default=default,
             help=about if default is None else f"{about} (default: {default})",
         )
+
+
+def _type_of(name: str, default: object) -> Callable[[str], object]:
+    if name == "judge_cache":
+        return Path  # of a recipe: it starts from the recipe's folder
+    return str if default is None else type(default)
 
 
 def make_verifier(args: argparse.Namespace) -> Verifier:
@@ -131,7 +138,10 @@ def make_verifier(args: argparse.Namespace) -> Verifier:
         raise ValueError(f"--workers is {args.workers}; it must be at least 1")
     if not 0 < args.limit <= 3600:
         raise ValueError(f"--limit is {args.limit}; give seconds, above 0 and at most 3600")
-    options = JudgeOptions(**{o.name: vars(args)[o.name] for o in fields(JudgeOptions)})
+    given = {o.name: vars(args)[o.name] for o in fields(JudgeOptions)}
+    if given["judge_cache"] is not None:
+        given["judge_cache"] = str(given["judge_cache"])
+    options = JudgeOptions(**given)
     options.check_judge_options()
     table = None if args.datasets is None else load_table(args.datasets)
     judge = options.open_judge()

@@ -88,6 +88,12 @@ def test_bad_rows_are_told(tmp_path: Path) -> None:
     ]
 
 
+def test_what_spreadsheets_leave_is_no_row(tmp_path: Path) -> None:
+    """Columns without a name, and rows of separators alone."""
+    rows = read(tmp_path / "q.csv", "question,answer,,\nA?,1,,\n,,,\n , ,,\nB?,2,,x\n")
+    assert [(record["question"], fault) for record, fault in rows] == [("A?", None), ("B?", None)]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -157,6 +157,32 @@ def test_mmpr_sample_puts_them_aside(
     assert len(sampled) + len(found) == text.count(b"\n")
 
 
+def test_questions_that_nothing_can_judge_are_not_sampled(
+    folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("internvl.sampler.open_sampler", lambda *args, **options: Answering())
+    rows = [{**question(id=f"g{n}"), "matcher": "levenshtein"} for n in range(3)]
+    (folder / "q.jsonl").write_bytes(b"".join(line(row) + b"\n" for row in rows))
+    out = folder / "rollouts.jsonl"
+    words = ("sample", folder / "q.jsonl", "--model", tiny_model, "--output", out)
+    assert command(*words) == 2
+    said = capsys.readouterr().err
+    assert "q.jsonl:1: matcher 'levenshtein' is unknown" in said
+    assert "none of the first 3 questions could be judged" in said
+    assert not out.exists()
+
+
+def test_pairs_of_other_turns_are_not_the_same(folder: Path, capsys: Any) -> None:
+    turns = [{"from": "human", "value": "Is it 4?"}, {"from": "gpt", "value": "It is 5."}]
+    other = [{"from": "human", "value": "Is it 6?"}, {"from": "gpt", "value": "It is 7."}]
+    rows = [pair(image=None, question="Right?") | {"history": found} for found in (turns, other)]
+    rows = [{key: value for key, value in row.items() if value is not None} for row in rows]
+    (folder / "pairs.jsonl").write_bytes(b"".join(line(row) + b"\n" for row in rows))
+    assert command("check", folder / "pairs.jsonl", "--max-bad", 0) == 0
+    (folder / "pairs.jsonl").write_bytes(2 * (line(rows[0]) + b"\n"))
+    assert command("check", folder / "pairs.jsonl", "--max-bad", 0) == 2
+
+
 def test_mmpr_verify_and_pair_put_them_aside(folder: Path) -> None:
     good = [line(question(**ROLLOUT) | {"sample": n}) for n in range(20)]
     broken = [(raw, "not valid JSON|the line is") for raw in broken_lines()]

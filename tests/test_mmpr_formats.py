@@ -145,6 +145,21 @@ def test_mmpr_pairs_as_internvl_reads_them(verdicts: Path, tmp_path: Path) -> No
     assert command("check", meta, "--max-bad", 0) == 0
 
 
+def test_trl_s_pairs_without_their_images_are_not_written(
+    verdicts: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """The verdicts lie in another folder than the images: nothing is lost without a word."""
+    elsewhere = tmp_path / "elsewhere/verdicts.jsonl"
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(verdicts.read_bytes())
+    out = tmp_path / "pairs.parquet"
+    assert command("pair", elsewhere, "--output", out, "--format", "trl") == 2
+    assert "so no pair can be written; give --image-root" in capsys.readouterr().err
+    assert not out.exists()
+    root = ("--image-root", verdicts.parent)
+    assert command("pair", elsewhere, "--output", out, "--format", "trl", *root) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

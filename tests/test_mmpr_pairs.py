@@ -185,6 +185,27 @@ def test_pairs_are_distinct_even_and_repeatable(correct, wrong, limit, seed):
     assert report.left_out["over the pairs per question"] == correct * wrong - len(pairs)
 
 
+def test_the_items_of_a_list_are_one_answer():
+    """A wrong list has right items in it; it is no less wrong."""
+    answer = ["red", "green", "blue"]
+    rows = [
+        verdict("correct", "r", extracted="red, green, blue", matcher="list", answer=answer),
+        verdict("wrong", "w", extracted="red, green, yellow", matcher="list", answer=answer),
+    ]
+    (pair,), _ = build_pairs(grouped(rows), PairConfig())
+    assert (pair["chosen"], pair["rejected"], pair["answer_gt"]) == ("r", "w", "red, green, blue")
+
+
+def test_a_wrong_option_may_hold_the_words_of_the_right_one():
+    rows = [
+        verdict("correct", "r", extracted="A", matcher="choice", answer="A"),
+        verdict("wrong", "w", extracted="C. A triangle", matcher="choice", answer="A"),
+    ]
+    assert len(build_pairs(grouped(rows), PairConfig())[0]) == 1
+    rows = [{**row, "matcher": "exact"} for row in rows]
+    assert not build_pairs(grouped(rows), PairConfig())[0]
+
+
 def test_other_questions_do_not_change_a_questions_pairs():
     alone, _ = build_pairs(grouped(question("q", 4, 6)), PairConfig(max_pairs=3))
     among, _ = build_pairs(
@@ -207,6 +228,8 @@ def test_even_pairs_covers_the_table():
         ("5 apples", "5", True), ("about 5.", "5", True), ("Red bar", "red", True),
         ("红色的", "红色", True), ("5%", "5", True),
         ("15", "5", False), ("5.5", "5", False), ("1,500", "1", False), ("-5", "5", False),
+        ("不是", "是", False), ("是", "是", True), ("not possible", "possible", False),
+        ("no, it is possible", "possible", True), ("nothing", "thing", False),
         ("−5", "5", False), ("reddish", "red", False), ("3", "5", False), ("3", "", False),
     ],
 )  # fmt: skip

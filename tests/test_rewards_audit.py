@@ -17,6 +17,7 @@ from rewards_command import Capture, fail, run
 from rewards import MATCHERS, Outcome, Task, Verdict
 from rewards.audit.audit import MOST_EXAMPLES, audit
 from rewards.audit.findings import KINDS, find, wants_math
+from rewards.audit.rollouts import Rollout, parse_line
 
 FORMAT = "I look at the picture.\n"
 
@@ -211,6 +212,20 @@ def test_audit_options(tmp_path: Path, capsys: Capture) -> None:
     assert command in html.read_text(encoding="utf-8")
     run(capsys, "audit", str(path), "--html", str(html), "--max-rows", "0")
     assert "No room on this page (--max-rows)." in html.read_text(encoding="utf-8")
+
+
+def test_what_a_judge_has_judged_is_audited_by_the_rules(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "verdicts.jsonl"
+    row = {"id": "1", "question": "?", "answer": "9", "completion": "Final answer: 9",
+           "outcome": "correct", "matcher": "judge", "score": 1.0, "format_ok": True}  # fmt: skip
+    asked = [{**row, "requested_matcher": name} for name in ("judge", ["math", "judge"])]
+    file.write_text("".join(json.dumps(one) + "\n" for one in asked))
+    found = [
+        parse_line(str(file), n, line) for n, line in enumerate(file.read_bytes().splitlines())
+    ]
+    assert [one.task.matchers for one in found if isinstance(one, Rollout)] == [
+        ("exact",), ("math",)
+    ]  # fmt: skip
 
 
 def test_audit_errors(tmp_path: Path, capsys: Capture) -> None:

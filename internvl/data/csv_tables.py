@@ -36,8 +36,9 @@ class CsvTable(DelimitedTable):
 
     def __init__(self, path: Path):
         super().__init__(path, _delimiter(path), needed=("question",), example=_EXAMPLE)
-        if len(set(self.columns)) < len(self.columns):
-            twice = next(name for name in self.columns if self.columns.count(name) > 1)
+        named = [name for name in self.columns if name]  # spreadsheets add columns without one
+        if len(set(named)) < len(named):
+            twice = next(name for name in named if named.count(name) > 1)
             raise DataError(f"{path}: two columns are called {twice!r}")
 
     @property

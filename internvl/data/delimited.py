@@ -92,8 +92,8 @@ class DelimitedTable:
                     return
                 except csv.Error:
                     cells = ["broken"]  # found again, and told, when the row is read
-                if not cells:
-                    continue  # a blank line
+                if not any(map(str.strip, cells)):
+                    continue  # a blank line, or separators alone
                 if len(cells) == len(self.columns):
                     self.found(len(self._places), dict(zip(self.columns, cells, strict=True)))
                 elif lines.number > line:

@@ -114,18 +114,27 @@ def _is_number(value: object) -> bool:
     return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
+def _holds_numbers(value: object) -> bool:
+    """Whether it is a box or a point among others."""
+    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
+
+
 def _tidy_answer(answer: object, matcher: object) -> object:
     """Gold answers as texts: "" for none, and a list's or a box's values as the text of the list.
 
     >>> _tidy_answer(7, None), _tidy_answer([1, 2, 3, 4], "box"), _tidy_answer([7, 8], "number")
     ('7', '[1, 2, 3, 4]', ['7', '8'])
+    >>> _tidy_answer([1, 2, 3, 4], ["box"]), _tidy_answer([[1, 2, 3, 4]], None)
+    ('[1, 2, 3, 4]', '[[1, 2, 3, 4]]')
     """
     if answer is None:
         return ""
     if _is_number(answer):
         return str(answer)
     if isinstance(answer, list):
-        if matcher in _OF_VALUES and answer and not isinstance(answer[0], str):
+        named = matcher if isinstance(matcher, list) else [matcher]
+        of_values = any(name in _OF_VALUES for name in named)
+        if answer and not isinstance(answer[0], str) and (of_values or _holds_numbers(answer[0])):
             return json.dumps(answer)
         return [str(item) if _is_number(item) else item for item in answer]
     return answer

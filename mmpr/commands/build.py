@@ -130,7 +130,8 @@ class _Build:
                 if found.get(key) != value:
                     raise UserError(
                         f"{self.recipe.file}: {key} is {value!r} now, but {self.recipe.output} was "
-                        f"begun with {found.get(key)!r}; give another --output"
+                        f"begun with {found.get(key)!r}; go back to it, or take {self.verdicts} "
+                        "away to have the same rollouts judged anew"
                     )
         with naming_the_file(path):
             write_json(path, wanted)

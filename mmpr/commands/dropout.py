@@ -76,8 +76,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--outcomes: {args.rollouts} holds rollouts; `mmpr verify` gives outcomes")
     rows = read_rows(args.rollouts, kind=kind, quarantine=quarantine, image_root=args.image_root)
     read = len(rows) + quarantine.count
-    if args.meta is not None:
-        require_images(rows)
+    require_images(args, rows)
     report = DropoutReport()
     chosen = choose_rollouts(rows, config, report)
     pairs = _make_pairs(args, config, sampling, rows, chosen, quarantine, report)

@@ -77,8 +77,7 @@ def run(args: argparse.Namespace) -> None:
     bad_before = quarantine.count
     groups = usable_groups(rows, quarantine)
     quarantine.check(len(rows) + bad_before)
-    if args.meta is not None:
-        require_images(rows)
+    require_images(args, rows)
     pairs, report = build_pairs(groups, config)
     write_pairs(args, pairs, args.image_root or input_folder(args.verdicts), quarantine)
     write_json(beside(args.output, ".stats.json"), report.as_dict())

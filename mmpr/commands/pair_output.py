@@ -49,14 +49,17 @@ def check_pair_output(args: argparse.Namespace) -> None:
         )
 
 
-def require_images(rows: Sequence[Row]) -> None:
-    """Refuse to write a `root` under which the first image does not lie."""
+def require_images(args: argparse.Namespace, rows: Sequence[Row]) -> None:
+    """Refuse to write a `root`, or TRL's paths, under which the first image does not lie."""
+    if args.meta is None and args.format != "trl":
+        return
+    what = "meta.json would point nowhere" if args.meta is not None else "no pair can be written"
     for row in rows:
         for path in row.image_sources():
             if isinstance(path, Path) and not path.is_file():
                 raise UserError(
-                    f"{row.file}:{row.line}: image {path} does not exist, so meta.json would "
-                    "point nowhere; give --image-root, the folder that image paths start from"
+                    f"{row.file}:{row.line}: image {path} does not exist, so {what}; give "
+                    "--image-root, the folder that image paths start from"
                 )
             return
 
@@ -64,10 +67,17 @@ def require_images(rows: Sequence[Row]) -> None:
 def write_pairs(
     args: argparse.Namespace, pairs: Sequence[dict[str, Any]], root: Path, quarantine: Quarantine
 ) -> None:
-    """Write pairs in the format asked for; root: the folder that their image paths start from."""
+    """Write pairs in the format asked for; root: the folder that their image paths start from.
+
+    Raises DataError where more pairs cannot be written than the quarantine allows.
+    """
     if args.format == "trl":
         rows = (Row(pair, args.output, number + 1, root) for number, pair in enumerate(pairs))
-        write_trl(args.output, rows, quarantine, embed=args.embed_images)
+        before = quarantine.count
+        written = write_trl(args.output, rows, quarantine, embed=args.embed_images)
+        if written < len(pairs):
+            print(f"{written} of {len(pairs)} pairs are in {args.output}")
+        quarantine.check(before + len(pairs))
         return
     write_jsonl(args.output, pairs)
     if args.meta is not None:

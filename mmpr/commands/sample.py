@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internvl.data import Quarantine, Rows, Selection, input_folder, read_rows
+from internvl.data import Quarantine, Row, Rows, Selection, input_folder, read_rows
 from internvl.errors import UserError
 from internvl.prompts import LANGUAGES, PROMPT_STYLES, PromptedRows
 from internvl.sampler_options import add_servers, check_sampler_options, open_asked
@@ -21,6 +22,8 @@ from mmpr.commands.shared import (
     tell_bad,
     tell_image_root,
 )
+
+_FIRST_ROWS = 256  # that are asked whether they can be judged
 
 if TYPE_CHECKING:
     from internvl.sampler import SamplingConfig
@@ -100,6 +103,7 @@ def sampling(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     quarantine = open_quarantine(args)
     root = args.image_root or input_folder(args.questions)
     rows = PromptedRows(_read(args, quarantine), args.prompt_style, args.language)
+    _refuse_unknown_matchers(rows)
     # before the model is loaded: is this the same run, and is anything left to do?
     plan = sample.plan_sampling(
         rows, output=args.output, config=config, run=run, root=root, bad=quarantine.count
@@ -124,6 +128,19 @@ def sampling(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     _print_styles(args.prompt_style, report)
     tell_image_root(sample.first_image(args.output), args.output)
     tell_bad(quarantine)
+
+
+def _refuse_unknown_matchers(rows: Sequence[Row]) -> None:
+    """Raise UserError where none of the first questions can be judged: not after the sampling."""
+    from rewards.judging import judging_fault
+
+    first = list(islice(rows, _FIRST_ROWS))
+    faults = [judging_fault(row.data, has_judge=True, unanswered=True) for row in first]
+    if first and all(faults):
+        raise UserError(
+            f"{first[0].file}:{first[0].line}: {faults[0]} (and so none of the first {len(first)} "
+            "questions could be judged)"
+        )
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rewards.datasets import DatasetTable
+from rewards.judging import without_judge
 from rewards.verdict import Outcome, Task, request_fault, task_of
 
 LONGEST_LINE = 64 * 2**20  # bytes
@@ -111,6 +112,8 @@ def parse_line(file: str, number: int, line: bytes, request: Request = AUTO) -> 
         record["matcher"] = record.get("requested_matcher")
     if request.matcher is not None:
         record["matcher"] = request.matcher
+    else:
+        record = {**without_judge(record)}  # which is not asked here: what the rules would say
     try:
         task = task_for(record, request.style, request.table)
     except (ValueError, RecursionError) as error:

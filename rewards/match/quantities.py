@@ -88,6 +88,8 @@ _LATEX = (
     (re.compile(r"\^\s?\{\s?([23])\s?\}"), r"^\1"),
     (re.compile(r"\s\^"), "^"),
 )
+# "$12$ cm", "\(12\) cm": a number in its delimiters, and a unit behind them
+_MATHS = re.compile(r"\$(?=\S)([^$]*[^$\s])\$(?=\s|$)|\\\((.*?)\\\)")
 _HINT = re.compile(r"\d|[〇零一二两三四五六七八九十]")
 _NOT_AMOUNTS = re.compile(r"(?:st|nd|rd|th)\b|['!:;?]", re.IGNORECASE)
 _DECADE = re.compile(r"[12]\d\d0s")
@@ -131,6 +133,7 @@ def read_number(text: str, *, known_units: bool = False) -> Number | None:
     text = fold(text)
     if _HINT.search(text) is None and _first_word(text) not in STARTERS:
         return None
+    text = _MATHS.sub(_inside, text)
     if "\\" in text or "^" in text or "{" in text:
         text = _plain_latex(text)
     text = clean(text).replace("~", " ") if "~" in text[1:] else clean(text)
@@ -147,6 +150,10 @@ def _first_word(text: str) -> str:
     words = re.findall(r"[a-z]+", text[:40].lower())
     skip = {"minus", "negative", "about", "around", "roughly", "approximately", "approx"}
     return next((word for word in words if word not in skip), "")
+
+
+def _inside(found: re.Match[str]) -> str:
+    return (found[1] or found[2] or "").strip()
 
 
 def _plain_latex(text: str) -> str:

@@ -118,8 +118,9 @@ def read_unit(text: str, *, known_only: bool = False, classifier: bool = False) 
         return _UNITS[text]
     words = text.casefold().rstrip(".").split()
     joined = "".join(words)
-    if joined in _UNITS:
-        return _UNITS[joined]
+    for name in (joined, joined.replace("sq.", "sq")):
+        if name in _UNITS:
+            return _UNITS[name]
     if known_only or not 0 < len(words) <= 2 or not _NO_UNIT.isdisjoint(words):
         return None
     if len(joined) < 3 and not _CHINESE.fullmatch(joined):
