@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from internvl.errors import UserError
 from rl.rollouts import Broken, Group, RolloutMaker
 
 
@@ -77,6 +78,14 @@ class Ahead:
             error, self._error = self._error, None
             raise error
         return self._made
+
+    def settle(self) -> Made | None:
+        """The same, or None where making it has failed: the next `wait` raises why."""
+        try:
+            return self.wait()
+        except UserError as error:
+            self._error = error
+            return None
 
     def take(self) -> Made | None:
         """What `wait` gives, which is then no longer here."""

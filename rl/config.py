@@ -146,8 +146,9 @@ class RLConfig(SamplerOptions, LossOptions, GuardOptions, JudgeOptions, PackedTr
                 "max_staleness trains on completions of older weights: give "
                 "vllm_importance_sampling_correction, too"
             )
-        if self.eval_strategy == "epoch":
-            raise UserError('eval_strategy is "epoch"; rollouts have none: give "steps"')
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if getattr(self, name) == "epoch":
+                raise UserError(f'{name} is "epoch"; rollouts have none: give "steps"')
         evaluates = self.eval_strategy != "no" or self.eval_on_start
         self.check_guard_options(self.num_generations, evaluates)
         if not self.log_multimodal and not self.log_completions:

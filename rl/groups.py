@@ -15,8 +15,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from internvl.checkpoint import checksum
 from internvl.data import Row
 from internvl.encoding import Encoder
+from internvl.errors import UserError
 from internvl.packing import Example, PackedBatch
 from rl.losses import Objective
 from rl.rollouts import Group
@@ -123,6 +125,15 @@ class StartWeights:
 
     def __init__(self, model: nn.Module):
         self._saved = {name: _on_cpu(p) for name, p in _trained(model)}
+        self.checksum = checksum(self._saved.items())
+
+    def refuse_other(self, told: str | None) -> None:
+        """Raise `UserError` where a checkpoint tells of other weights that its run began with."""
+        if told not in (None, self.checksum):
+            raise UserError(
+                "its checkpoint was made by a run that began with other weights, to which beta "
+                "refers: go back to that model_name_or_path, or choose another output_dir"
+            )
 
     @contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:

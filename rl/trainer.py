@@ -10,7 +10,7 @@ not pass through accelerate, which would read one ahead and sample from stale we
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from rl.evaluation import HeldOut, make_held_out
 from rl.frozen_vision import FrozenVision
 from rl.groups import GroupEncoder, StartWeights
 from rl.guards import CollapseError, CollapseGuard, StepTotals
+from rl.loader import RolloutLoader
 from rl.losses import Counts, PolicyTokens, policy_loss
 from rl.phases import Phases
 from rl.policy_metrics import add_loss_metrics, weigh
@@ -40,24 +41,14 @@ from rl.refill import fill, scale_by_batch
 from rl.rewarding import Rewarder, Verify, make_terms, make_verifier
 from rl.rollout_log import RolloutLog, add_group_metrics
 from rl.rollouts import Group, RolloutMaker, RolloutSettings
+from rl.sampling import switch_off_dropout
 from rl.syncing import check_gap, make_sync
 from rl.tracker_table import log_table, table_rows
-from training.batches import STEP_BATCH, BadRow, StepBatch
+from training.batches import BadRow, StepBatch
 from training.late_checks import LateChecks, late_quarantine
 from training.metrics import Metrics, sum_over_ranks
 from training.refusals import refuse_sharded
 from training.trainer import PackedTrainer
-
-
-class RolloutLoader:
-    """What Trainer iterates over: the next StepBatch, made when it is asked for."""
-
-    def __init__(self, trainer: RLTrainer):
-        self.trainer = trainer
-
-    def __iter__(self) -> Iterator[dict[str, StepBatch]]:
-        while True:
-            yield {STEP_BATCH: self.trainer.next_step()}
 
 
 class RLTrainer(PackedTrainer):
@@ -94,6 +85,7 @@ class RLTrainer(PackedTrainer):
         self._bad: list[BadRow] = []  # questions of the last rollout batch that could not be asked
         self._synced_at: int | None = None
         super().__init__(model, args, train_dataset, processing_class, **kwargs)
+        switch_off_dropout(self.accelerator.unwrap_model(self.model))
         vocab_size = self.accelerator.unwrap_model(self.model).config.text_config.vocab_size
         self._forbidden = forbidden_token_ids(processing_class, vocab_size)
         if sampler.name in ("vllm", "servers") and self.encoder.position_steps != (1.0,):
@@ -140,7 +132,7 @@ class RLTrainer(PackedTrainer):
 
     def get_train_dataloader(self) -> Any:
         """The rollout stream; not passed through accelerate (see the module's docstring)."""
-        return RolloutLoader(self)
+        return RolloutLoader(self.next_step)
 
     def next_step(self) -> StepBatch:
         """The next optimizer step's groups of this rank, sampled now if none are left."""
@@ -172,10 +164,10 @@ class RLTrainer(PackedTrainer):
                 ahead = self._ahead.wait()
             self._times.note("sampling")
             self.sync_weights()
-            if ahead is None:
-                with everywhere():
+            with everywhere():  # of all ranks, whether this one holds a batch made ahead or not
+                if ahead is None:
                     made = self.maker.make(self._next_batch, version, self.state, start=start)
-                ahead = Made(self._next_batch, start, version, made)
+                    ahead = Made(self._next_batch, start, version, made)
             assert (ahead.batch, ahead.start) == (self._next_batch, start)
             filled = fill(
                 *(self.maker, ahead.groups, self._next_batch, start, version, self.state),
@@ -354,8 +346,13 @@ class RLTrainer(PackedTrainer):
         if self._held_out is None:
             raise UserError("evaluation needs an eval_dataset")
         self._times.note("other")
-        self.sync_weights()
-        values = self._held_out.evaluate(self.sampler, self.state.global_step, self.state)
+        try:
+            self.sync_weights()
+            values = self._held_out.evaluate(self.sampler, self.state.global_step, self.state)
+        except UserError:  # as in `_roll_out`
+            if self.is_in_train:
+                self._save_before_stopping()
+            raise
         self._put_to_sleep()
         self._times.note("evaluation")
         named = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
@@ -367,17 +364,20 @@ class RLTrainer(PackedTrainer):
         """How many questions were asked and could not be; how close the run is to a collapse."""
         assert self.late_checks is not None
         counts = {"rows_seen": self.late_checks.seen, "rows_bad": self.late_checks.bad}
-        return {**counts, "collapse_streaks": self._guard.streaks}
+        start = None if self._start is None else self._start.checksum
+        return {**counts, "collapse_streaks": self._guard.streaks, "start": start}
 
     def load_stage_state(self, state: dict[str, Any]) -> None:
         """Go on with these counts."""
         assert self.late_checks is not None
+        if self._start is not None:
+            self._start.refuse_other(state.get("start"))
         self._guard.streaks = state.get("collapse_streaks", {})
         self.late_checks.go_on(state.get("rows_seen", 0), state.get("rows_bad", 0))
 
     def save_rank_state(self, folder: Path) -> None:
         """This rank's place in the stream and the steps of the rollout batch not yet taken."""
-        made = self._ahead.wait()
+        made = self._ahead.settle()
         state = {
             "next_batch": self._next_batch,
             "next_place": self._next_place,

@@ -92,6 +92,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "give at least 2: the best checkpoint and the newest",
     ),
     ("rl", {"eval_strategy": "epoch"}, "rollouts have none: give"),
+    ("rl", {"save_strategy": "epoch"}, 'save_strategy is "epoch"; rollouts have none: give'),
+    ("rl", {"logging_strategy": "epoch"}, 'logging_strategy is "epoch"; rollouts have none'),
     ("rl", {"data_seed": 3}, "the order of the questions follows seed"),
     ("sft", {**ADAPTIVE, "lr_scheduler_type": "cosine"}, "brings its own learning rate schedule"),
     ("sft", {**ADAPTIVE, "eval_on_start": True}, "eval_on_start looks again at every restart"),

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
+from internvl.checkpoint import load_model
 from internvl.errors import UserError
 from rl.config import RLConfig
-from rl.sampling import choose_sampler
+from rl.sampling import _adapter, choose_sampler, switch_off_dropout
 from training.cli import ModelArguments
 
 
@@ -56,6 +59,48 @@ def test_dropout_of_an_adapter_is_refused(tmp_path: Path) -> None:
     model = ModelArguments(model_name_or_path="m", use_peft=True, lora_dropout=0.1)
     with pytest.raises(UserError, match="leave it at 0 in this stage"):
         choose_sampler(args, model, tmp_path)
+
+
+LAYERS = r".*language_model\.layers\..*_proj"
+
+
+@pytest.mark.parametrize(
+    ("settings", "rank", "whole_only"),
+    [
+        ({"r": 64}, 64, None),
+        ({"r": 4, "rank_pattern": {"q_proj": 32}}, 32, None),
+        ({"modules_to_save": ["multi_modal_projector"]}, 8, "the adapter is not of the language"),
+        ({"use_dora": True}, 8, "the adapter has DoRA or biases"),
+        ({"target_modules": r".*_proj"}, 8, "the adapter is not of the language model alone"),
+    ],
+)
+def test_an_earlier_stage_s_adapter_says_itself_what_it_is(
+    settings: dict[str, Any], rank: int, whole_only: str | None, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Not the options, which are defaults there: vLLM is opened for its rank."""
+    given = {"r": 8, "target_modules": LAYERS, "task_type": "CAUSAL_LM", **settings}
+    model = get_peft_model(load_model(tiny_model), LoraConfig(**given))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    options = ModelArguments(model_name_or_path=str(tmp_path / "adapter"), use_peft=True)
+    found = _adapter(options)
+    assert found.rank == rank
+    assert found.whole_only == whole_only or str(found.whole_only).startswith(str(whole_only))
+
+
+def test_an_adapter_that_was_trained_with_dropout_drops_nothing_out(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = LoraConfig(r=4, target_modules=LAYERS, lora_dropout=0.25, task_type="CAUSAL_LM")
+    model = get_peft_model(load_model(tiny_model), config)
+    switch_off_dropout(model)
+    assert "lora_dropout 0.25 of the adapter is 0 in this stage" in capsys.readouterr().out
+    assert not [m for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
+    switch_off_dropout(model)
+    assert capsys.readouterr().out == ""
+    base = load_model(tiny_model)
+    base.config.text_config.attention_dropout = 0.1
+    with pytest.raises(UserError, match=r"text_config\.attention_dropout: what is dropped out"):
+        switch_off_dropout(base)
 
 
 def test_evaluation_options_that_do_not_go_together() -> None:
