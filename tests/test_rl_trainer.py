@@ -30,6 +30,7 @@ from trainer_cases import (
 from internvl.data import Row
 from internvl.errors import UserError
 from internvl.sampler import SampleRequest
+from rl.groups import StartWeights
 from rl.rollouts import questions_of_batch
 
 KINDS = ["mixed", "equal", "other", "unjudged", "other", "mixed", "equal", "mixed"]
@@ -225,3 +226,18 @@ def test_a_sampler_that_kept_old_weights_is_found_out(
         put_sampler(trainer, StuckSampler(tiny_model))
         with pytest.raises(UserError, match=f"step 2: {said} and (the )?trainer differ by"):
             trainer.train()
+
+
+def test_a_run_goes_on_with_the_reference_that_it_began_with(
+    tiny_model: Path, rows: list[Row], tmp_path: Path
+) -> None:
+    given = {**OPTIONS, "beta": 0.1}
+    trainer = make_trainer("rl", tiny_model, tmp_path / "a", rows, Recorded(), **given)
+    state = json.loads(json.dumps(trainer.stage_state()))
+    again = make_trainer("rl", tiny_model, tmp_path / "b", rows, Recorded(), **given)
+    again.load_stage_state(state)
+    with torch.no_grad():
+        next(p for p in again.model.parameters() if p.requires_grad).add_(0.1)
+    state["start"] = StartWeights(again.model).checksum
+    with pytest.raises(UserError, match="a run that began with other weights, to which beta refe"):
+        trainer.load_stage_state(state)

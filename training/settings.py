@@ -33,6 +33,9 @@ def run_settings(
     values = {name: getattr(args, name) for name in (*_SAME_RUN, *own)}
     values["mixed_precision"] = mixed_precision
     if isinstance(model, PeftModel):
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        values["base.dtype"] = ", ".join(sorted({str(p.dtype) for p in frozen}))
+        values["base.in_4_bits"] = any(type(p).__name__ == "Params4bit" for p in frozen)
         for adapter, config in model.peft_config.items():
             for key, value in config.to_dict().items():
                 # a set is printed in another order by each process
