@@ -137,6 +137,7 @@ def test_a_stream_of_bad_rows_hands_out_steps() -> None:
 def test_the_account_goes_on_where_a_checkpoint_was() -> None:
     counts = {"text/samples": 3.0, "text/tokens": 120.0, "images/samples": 1.0}
     counts |= {"images/tokens": 30.0, "tiles": 4.0, "packs": 2.0, "pieces": 0.0, "split": 0.0}
+    counts["dropped"] = 7.0
     limits, metrics = PackLimits(tokens=100, tiles=8, longest=100), Metrics()
     first, again = Accounts([], limits), Accounts([], limits)
     first.note(counts, metrics)
@@ -147,6 +148,7 @@ def test_the_account_goes_on_where_a_checkpoint_was() -> None:
     assert list(again.describe()) == [
         "drawn: 8 samples, 300 tokens; without images 75.0% of the samples, 80.0% of the tokens",
         "packs: 4 of 2.0 samples; filled 75.0% of their tokens, 25.0% of their tiles",
+        "cut: 14 tokens of questions longer than a pack",
     ]
 
 
