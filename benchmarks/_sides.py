@@ -99,11 +99,12 @@ class Sides(ABC):
     def work(self, variant: str, indices: Sequence[int]) -> Work:
         """What a forward of one step computes."""
         side = self.side(variant)
-        if variant.startswith("ours"):
-            work: Work = side.work(indices)
-            return work
-        theirs: Work = side.work(side.collate(indices), compact=variant != "trl_cpu_head")
-        return theirs
+        work: Work = (
+            side.work(indices)
+            if variant.startswith("ours")
+            else side.work(side.collate(indices), compact=variant != "trl_cpu_head")
+        )
+        return work
 
     def flops(self, variant: str, indices: Sequence[int]) -> float:
         """Operations of one step."""
@@ -155,7 +156,7 @@ def measure(
 
     script: the benchmark's file. more: what it adds, of {variant: seconds of all steps}. None where
     `--memory-of` was asked for and printed.
-    """  # fmt: skip
+    """
     number = len(sides.rows)
     steps = [
         range(start, min(start + rows_a_step, number)) for start in range(0, number, rows_a_step)
